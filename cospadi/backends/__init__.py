@@ -1,0 +1,1 @@
+"""How factorised layers are multiplied at run time; see docs/backends.md."""

@@ -1,0 +1,1 @@
+"""Measuring a model: perplexity, multiple choice and a generated sample."""

@@ -1,0 +1,1 @@
+"""How factorisations are stored; the contract is docs/format.md."""

@@ -1,7 +1,7 @@
 """What a storage format of the coefficients takes and gives.
 
-A format alone knows its bits: allocation asks it for the price of a factorisation, the checkpoint asks it for the names,
-shapes and dtypes of its tensors.  Written byte by byte in docs/format.md.
+A format alone knows its bits: allocation asks it for the price of a factorisation, the checkpoint asks it for the
+names, shapes and dtypes of its tensors.  Written byte by byte in docs/format.md.
 """
 
 import abc
@@ -79,6 +79,16 @@ class Format(abc.ABC):
             The format does not offer this value dtype.
         NumericalError
             A value overflows the dtype or is not finite.
+        """
+
+    @abc.abstractmethod
+    def check(self, packed: PackedCoefficients) -> None:
+        """Check that the tensors fit each other, as ``unpack`` does but without the memory for S.
+
+        Raises
+        ------
+        CheckpointError
+            See ``unpack``.
         """
 
     @abc.abstractmethod

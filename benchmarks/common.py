@@ -1,0 +1,26 @@
+"""What every benchmark records beside its figures, and where they are kept."""
+
+import json
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from cospadi.report import machine, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save_result(name: str, figures: dict[str, Any], command: str | None = None) -> Path:
+    """Write RESULTS/name.json with the command, the machine and the versions beside the figures."""
+    result = {
+        "command": command or " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions(),
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path

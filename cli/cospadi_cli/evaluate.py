@@ -1,0 +1,64 @@
+"""``eval``: perplexity and multiple choice of a model, beside a baseline if asked."""
+
+import click
+
+from cospadi_cli import render
+from cospadi_cli.options import recipe_options
+
+
+@click.command("eval")
+@click.argument("path")
+@click.option("--text", metavar="FILE|hf:NAME", help="Text to predict; default: the package's own held-out text.")
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=8192, show_default=True, help="Tokens of the text to use."
+)
+@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
+@click.option("--baseline", metavar="PATH", help="Measure this model too, usually the dense one.")
+@click.option(
+    "--choices", metavar="FILE", help="Multiple choice from JSON lines, or 'embedded' for the package's sample."
+)
+@recipe_options("backend", "device")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def evaluate(
+    path: str,
+    text: str | None,
+    tokens: int,
+    window: int,
+    baseline: str | None,
+    choices: str | None,
+    backend: str | None,
+    device: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Evaluate the model at PATH, compressed or dense.
+
+    A line of the file for --choices is {"prompt": "...", "choices": ["...", "..."], "answer": 0}.
+    """
+    from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text
+    from cospadi.config import CompressionConfig
+    from cospadi.errors import UsageError
+    from cospadi.evaluation.choices import read_questions
+    from cospadi.evaluation.comparison import compare
+    from cospadi_cli import measuring
+
+    defaults = CompressionConfig()
+    backend, device = backend or defaults.backend, device or defaults.device
+    measuring.check_backend(backend)
+    questions = read_questions(choices) if choices else None
+    content = read_text(text, EMBEDDED_EVALUATION)
+    name = text or "the public-domain evaluation text of the package"
+    render.quieten_libraries()
+    protocol = measuring.protocol(path, name, content, tokens, window, questions=questions)
+    if protocol is None:
+        raise UsageError(f"{path} is not a causal language model: perplexity needs one")
+    before = None
+    if baseline is not None:
+        before = measuring.measure_folder(baseline, protocol, backend, device, "evaluating the baseline", quiet)
+    after = measuring.measure_folder(path, protocol, backend, device, "evaluating the model", quiet)
+    evaluation = compare(before, after, protocol)
+    if as_json:
+        render.print_json({"model": path, "baseline_model": baseline, **evaluation})
+    else:
+        render.show_measurements(path, evaluation)

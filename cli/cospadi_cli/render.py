@@ -1,0 +1,250 @@
+"""Everything that is printed: progress on standard error, tables or JSON on standard output."""
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from cospadi.events import BlockCalibrated, Event, GroupFinished, Listener, Planned
+
+_WIDTH = 120
+"""Columns when the output is no terminal, where rich would assume 80."""
+
+
+def console(stderr: bool = False) -> Console:
+    """Give a console on the current standard output or standard error."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH)
+
+
+def print_json(data: Any) -> None:
+    """Print strict JSON, and nothing else, on standard output."""
+    click.echo(json.dumps(data, indent=1, allow_nan=False))
+
+
+def quieten_libraries() -> None:
+    """Keep the loading bars and remarks of transformers and the hub out of our output; our own warnings stay."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@contextmanager
+def working(label: str, quiet: bool = False) -> Iterator[None]:
+    """Show that something takes a while."""
+    screen = console(stderr=True)
+    if quiet:
+        yield
+    elif screen.is_terminal:
+        with screen.status(label):
+            yield
+    else:
+        screen.print(label, style=None, markup=False)
+        yield
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Listener]:
+    """Give a listener for the pipeline's events: a live bar in a terminal, else one plain line per event."""
+    screen = console(stderr=True)
+    if quiet:
+        yield lambda event: None
+    elif not screen.is_terminal:
+        yield lambda event: click.echo(describe_event(event), err=True)
+    else:
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=screen,
+        )
+        task = bar.add_task("loading the model", total=None)
+        last: deque[Text] = deque(maxlen=5)
+        with Live(Group(bar), console=screen, refresh_per_second=4) as live:
+
+            def listener(event: Event) -> None:
+                if isinstance(event, Planned):
+                    bar.update(task, total=event.n_groups, description=f"calibrating block 1 of {event.n_blocks}")
+                    screen.print(Text(describe_event(event)))
+                elif isinstance(event, BlockCalibrated):
+                    bar.update(task, description=f"block {event.block + 1} of {event.n_blocks}")
+                elif isinstance(event, GroupFinished):
+                    bar.update(task, completed=event.done)
+                    last.append(Text(describe_event(event), style="dim"))
+                live.update(Group(*last, bar))
+
+            yield listener
+
+
+def describe_event(event: Event) -> str:
+    """Phrase one event of the pipeline on one line."""
+    if isinstance(event, Planned):
+        return (
+            f"{event.n_layers} layers in {event.n_groups} groups and {event.n_blocks} blocks; "
+            f"solver {event.solver} ({event.reason})"
+        )
+    if isinstance(event, BlockCalibrated):
+        return f"block {event.block + 1}/{event.n_blocks} calibrated"
+    if isinstance(event, GroupFinished):
+        row, how = event.row, "taken over" if event.resumed else f"{event.seconds:.1f} s"
+        shared = f" (+{len(row['members']) - 1})" if len(row["members"]) > 1 else ""
+        return (
+            f"[{event.done}/{event.total}] {row['name']}{shared}: {row['solver']}, error {row['relative_error']:.4f}, "
+            f"{size(row['bytes'])} of {size(row['dense_bytes'])}, {how}"
+        )
+    return f"written to {event.path}"
+
+
+def size(n_bytes: float) -> str:
+    """Phrase a number of bytes; 1 MB is 10^6 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def show_report(report: dict[str, Any], out: Path) -> None:
+    """Show the outcome of a compression: sizes, perplexities, worst layers, samples and how to load it."""
+    screen, totals, evaluation = console(), report["totals"], report["evaluation"]
+    table = _table(f"{report['model']} -> {out}", "", "before", "after", "change")
+    for label, key in (("compressed layers", "layer"), ("whole model", "model")):
+        before, after = totals[f"{key}_dense_bytes"], totals[f"{key}_bytes"]
+        table.add_row(label, size(before), size(after), f"-{1 - after / before:.1%}" if after <= before else "grew")
+    paper = f"-{totals['ratio_paper_convention']:.1%}"
+    table.add_row("  by the paper's convention, mask not counted", "", "", paper, style="dim")
+    if evaluation is not None:
+        _add_measurements(table, evaluation)
+    screen.print(table)
+    _show_worst(screen, report["groups"])
+    for layer in report["kept_dense"][:5]:
+        screen.print(f"kept dense: {layer['name']} ({layer['reason']})", markup=False)
+    if len(report["kept_dense"]) > 5:
+        screen.print(f"... and {len(report['kept_dense']) - 5} more layers kept dense")
+    if evaluation is None:
+        screen.print("Not evaluated: switched off, or not a causal language model.")
+    else:
+        _show_samples(screen, evaluation)
+    screen.print(f"\nThe model is in {out}. To use it:", markup=False)
+    screen.print(f'  python -c "import cospadi; model = cospadi.load({str(out)!r})"', markup=False, soft_wrap=True)
+    screen.print(f"  cospadi-cli generate {out} --prompt 'Once upon a time'", markup=False, soft_wrap=True)
+
+
+def show_measurements(path: str, evaluation: dict[str, Any]) -> None:
+    """Show what ``eval`` found, beside the baseline if there is one."""
+    screen = console()
+    columns = ("baseline", "model", "change") if evaluation["baseline"] else ("value",)
+    table = _table(path, "", *columns)
+    _add_measurements(table, evaluation)
+    screen.print(table)
+    screen.print(f"Text: {evaluation['text']}. {evaluation['definition']}.", style="dim", markup=False)
+
+
+def show_inspection(path: str, inspection: dict[str, Any]) -> None:
+    """Show the groups of a checkpoint."""
+    screen, rows, totals = console(), inspection["groups"], inspection["totals"]
+    names = ("layer", "in", "out", "atoms", "non-zero", "error", "bytes", "removed")
+    table = _table(path, *names)
+    for row in rows:
+        removed = f"{1 - row['bytes'] / row['dense_bytes']:.1%}"
+        shape = (str(row["in_features"]), "", str(row["n_atoms"]), str(row["n_nonzero"]))
+        if len(row["members"]) == 1:
+            shape = (shape[0], str(row["members"][0]["out_features"]), *shape[2:])
+        table.add_row(row["name"], *shape, _error(row["relative_error"]), size(row["bytes"]), removed)
+        for member in row["members"] if len(row["members"]) > 1 else ():
+            cells = (
+                "",
+                str(member["out_features"]),
+                "",
+                "",
+                _error(member["relative_error"]),
+                size(member["bytes"]),
+                "",
+            )
+            table.add_row(f"  {member['name']}", *cells, style="dim")
+    screen.print(table)
+    before, after = totals["layer_dense_bytes"], totals["layer_bytes"]
+    screen.print(
+        f"{totals['n_layers']} layers in {totals['n_groups']} groups: {size(after)} of {size(before)} "
+        f"({1 - after / before:.1%} removed)"
+    )
+    _show_worst(screen, rows)
+
+
+def show_availability(title: str, rows: list[dict[str, Any]]) -> None:
+    """Show the members of a registry and whether each can run here."""
+    screen = console()
+    table = _table(title, "name", "here", "description", right=False)
+    for row in rows:
+        here = Text("yes", style="green") if row["available"] else Text("no", style="red")
+        text = row["description"] if row["available"] else f"{row['description']} Not here: {row['reason']}"
+        table.add_row(row["name"], here, Text(text))
+    screen.print(table)
+
+
+def _table(title: str, *columns: str, right: bool = True) -> Table:
+    table = Table(
+        title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2)
+    )
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if right and index else "left", overflow="fold")
+    return table
+
+
+def _add_measurements(table: Table, evaluation: dict[str, Any]) -> None:
+    """Add the rows of perplexity and multiple choice; the columns are baseline (if measured), model, change."""
+    model, baseline = evaluation["compressed"], evaluation["baseline"]
+
+    def add(label: str, section: str, key: str, form: str, change: str) -> None:
+        values = [one[section][key] for one in (baseline, model) if one is not None]
+        cells = ["-" if value is None else format(value, form) for value in values]
+        table.add_row(label, *cells, *([change] if baseline is not None else []))
+
+    ratio = evaluation["perplexity_ratio"]
+    window, n = model["perplexity"]["window"], model["perplexity"]["n_tokens"]
+    factor = f"x{ratio:.3f}" if ratio is not None else ""
+    add(f"token perplexity ({n} tokens, windows of {window})", "perplexity", "token", ".2f", factor)
+    add("word perplexity", "perplexity", "word", ".2f", "")
+    if model["choices"] is not None:
+        n = model["choices"]["n_questions"]
+        add(f"multiple choice, accuracy ({n} questions)", "choices", "accuracy", ".1%", "")
+        add("  normalised by length", "choices", "accuracy_normalized", ".1%", "")
+        add("  by guessing", "choices", "chance", ".1%", "")
+
+
+def _show_worst(screen: Console, rows: list[dict[str, Any]], count: int = 5) -> None:
+    members = [member for row in rows for member in row["members"] if member["relative_error"] is not None]
+    worst = sorted(members, key=lambda member: -member["relative_error"])[:count]
+    if worst:
+        table = _table("Worst layers (relative error of the outputs on the calibration text)", "layer", "error")
+        for member in worst:
+            table.add_row(member["name"], _error(member["relative_error"]))
+        screen.print(table)
+
+
+def _show_samples(screen: Console, evaluation: dict[str, Any]) -> None:
+    screen.print(f"\nContinuing {evaluation['prompt']!r}:", markup=False)
+    for label, one in (("before", evaluation["baseline"]), ("after", evaluation["compressed"])):
+        if one is not None and one["sample"] is not None:
+            screen.print(f"  {label:>6}: {' '.join(one['sample'].split())}", markup=False)
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,107 @@
+"""The default format: one bit per entry of S says whether it is stored, then the stored values alone."""
+
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from cospadi.errors import CheckpointError
+from cospadi.formats.base import VALUE_BITS, Format, PackedCoefficients
+from cospadi.formats.values import (
+    expect,
+    read_values,
+    require_value_dtype,
+    round_values,
+    store_values,
+    stored_layout,
+    tensors_of,
+)
+
+_OFFERED = ("bfloat16", "float16", "float32", "bfloat14")
+
+
+@final
+class Bitmask(Format):
+    """Values column by column and a packed bit mask; see docs/format.md, section 4.1."""
+
+    name: ClassVar[str] = "bitmask"
+
+    def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
+        """Count the bits of values and mask; the mask's rows are whole bytes."""
+        return VALUE_BITS[value_dtype] * n_stored + 8 * out_features * _row_bytes(n_atoms)
+
+    def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
+        """Count the non-zeros."""
+        return n_nonzero * out_features
+
+    def layout(
+        self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Give ``values`` and ``mask``."""
+        require_value_dtype(value_dtype, _OFFERED, self.name)
+        return {
+            "values": stored_layout((n_stored,), value_dtype),
+            "mask": ((out_features, _row_bytes(n_atoms)), torch.uint8),
+        }
+
+    def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
+        """Round, drop what is zero and pack the support."""
+        require_value_dtype(value_dtype, _OFFERED, self.name)
+        n_atoms, out_features = coefficients.shape
+        rows = round_values(coefficients.T.contiguous(), value_dtype)
+        support = rows != 0
+        tensors = {"values": store_values(rows[support], value_dtype), "mask": pack_bits(support)}
+        return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, tensors)
+
+    def check(self, packed: PackedCoefficients) -> None:
+        """Check shapes, the population of the mask and the padding."""
+        self._read(packed)
+
+    def unpack(self, packed: PackedCoefficients) -> Tensor:
+        """Scatter the values to the places that the mask names."""
+        values = self._read(packed)
+        support = unpack_bits(packed.tensors["mask"], packed.n_atoms)
+        rows = values.new_zeros(packed.out_features, packed.n_atoms)
+        return rows.masked_scatter_(support, values).T
+
+    def _read(self, packed: PackedCoefficients) -> Tensor:
+        stored, mask = tensors_of(packed, "values", "mask")
+        expect("mask", mask, (packed.out_features, _row_bytes(packed.n_atoms)), torch.uint8)
+        used = packed.n_atoms % 8
+        if used and bool((mask[:, -1] >> used).any()):
+            raise CheckpointError("mask: padding bits beyond the last atom are set")
+        count = int(count_bits(mask).sum())
+        try:
+            return read_values(stored, (count,), packed.value_dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (the mask has {count} bits set)") from error
+
+
+def pack_bits(support: Tensor) -> Tensor:
+    """Pack booleans, shape (rows, n), into bytes, shape (rows, ceil(n / 8)), the lowest bit first."""
+    rows, n = support.shape
+    padded = support.new_zeros((rows, _row_bytes(n) * 8), dtype=torch.uint8)
+    padded[:, :n] = support
+    mask = support.new_zeros((rows, _row_bytes(n)), dtype=torch.uint8)
+    for bit in range(8):
+        mask |= padded[:, bit::8] << bit
+    return mask
+
+
+def unpack_bits(mask: Tensor, n: int) -> Tensor:
+    """Give the first ``n`` bits of every row as booleans, shape (rows, n)."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(-1) >> shifts).bitwise_and_(1)
+    return bits.reshape(mask.shape[0], mask.shape[1] * 8)[:, :n].bool()
+
+
+def count_bits(mask: Tensor) -> Tensor:
+    """Count the bits set in every row of bytes: int64, shape (rows,)."""
+    # Sums of neighbouring bits, pairs and fours in parallel: no table, so it runs on every device.
+    pairs = mask - ((mask >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((fours + (fours >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)
+
+
+def _row_bytes(n_atoms: int) -> int:
+    return (n_atoms + 7) // 8

@@ -1,0 +1,59 @@
+"""Dense coefficients: for low-rank factorisations and for backends that want no indices."""
+
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from cospadi.formats.base import VALUE_BITS, Format, PackedCoefficients
+from cospadi.formats.values import (
+    read_values,
+    require_value_dtype,
+    round_values,
+    store_values,
+    stored_layout,
+    tensors_of,
+)
+
+_OFFERED = ("bfloat16", "float16", "float32", "bfloat14")
+
+
+@final
+class Dense(Format):
+    """The transpose of S, (out_features, n_atoms); see docs/format.md, section 4.3."""
+
+    name: ClassVar[str] = "dense"
+
+    def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
+        """Count the bits of the values."""
+        return VALUE_BITS[value_dtype] * n_stored
+
+    def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
+        """Count every entry, zero or not."""
+        return n_atoms * out_features
+
+    def layout(
+        self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Give the one tensor, ``values``."""
+        require_value_dtype(value_dtype, _OFFERED, self.name)
+        return {"values": stored_layout((out_features, n_atoms), value_dtype)}
+
+    def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
+        """Round and transpose."""
+        require_value_dtype(value_dtype, _OFFERED, self.name)
+        n_atoms, out_features = coefficients.shape
+        values = store_values(round_values(coefficients.T.contiguous(), value_dtype), value_dtype)
+        return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, {"values": values})
+
+    def check(self, packed: PackedCoefficients) -> None:
+        """Check shape and dtype, and the padding of ``bfloat14``."""
+        self._read(packed)
+
+    def unpack(self, packed: PackedCoefficients) -> Tensor:
+        """Transpose back; a view of the stored tensor where it needs no decoding."""
+        return self._read(packed).T
+
+    def _read(self, packed: PackedCoefficients) -> Tensor:
+        shape = (packed.out_features, packed.n_atoms)
+        return read_values(*tensors_of(packed, "values"), shape, packed.value_dtype)

@@ -1,0 +1,166 @@
+"""How coefficients are stored: rounding to a value dtype and, for ``bfloat14``, packing four values in seven bytes."""
+
+import torch
+from torch import Tensor
+
+from cospadi.errors import CheckpointError, NumericalError, UsageError
+from cospadi.formats.base import VALUE_BITS, PackedCoefficients
+
+HOLDING_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bfloat14": torch.bfloat16,
+}
+"""The torch dtype that holds a value of each value dtype exactly."""
+
+_CODE = (1 << 14) - 1
+_EXPONENT = 0x1FE0
+_DROPPED = 18  # bits of a float32 mantissa that bfloat14 lacks
+
+
+def require_value_dtype(value_dtype: str, offered: tuple[str, ...], format_name: str) -> None:
+    """Refuse a value dtype that a format does not offer.
+
+    Raises
+    ------
+    UsageError
+        It is not among ``offered``.
+    """
+    if value_dtype not in offered:
+        raise UsageError(
+            f"format {format_name!r} does not store {value_dtype!r} values (it stores {', '.join(offered)})"
+        )
+
+
+def round_values(values: Tensor, value_dtype: str) -> Tensor:
+    """Round to nearest even in a value dtype.
+
+    Parameters
+    ----------
+    values : Tensor, any shape, floating
+        float64 passes through float32.
+    value_dtype : str
+        A key of ``VALUE_BITS``.
+
+    Returns
+    -------
+    Tensor, same shape
+        In the holding dtype: bfloat16 for ``bfloat14``.
+
+    Raises
+    ------
+    NumericalError
+        A value is not finite, or rounding takes it to infinity.
+    """
+    if value_dtype == "bfloat14":
+        bits = values.to(torch.float32).view(torch.int32)
+        magnitude = bits & 0x7FFFFFFF
+        # Adding just under half of the last kept bit, and that bit itself, rounds to nearest with ties to even.
+        tie = (magnitude >> _DROPPED) & 1
+        magnitude = (magnitude + ((1 << (_DROPPED - 1)) - 1) + tie) >> _DROPPED << _DROPPED
+        # Above the pattern of infinity lie the NaNs; a NaN may even carry into the sign, so it is looked for before.
+        finite = bool(torch.isfinite(values).all())
+        rounded = (magnitude | (bits & -0x80000000)).view(torch.float32).to(torch.bfloat16)
+    else:
+        finite = bool(torch.isfinite(values).all())
+        rounded = values.to(torch.float32).to(HOLDING_DTYPES[value_dtype])
+    if not finite:
+        raise NumericalError("values hold NaN or infinity")
+    if not bool(torch.isfinite(rounded).all()):
+        raise NumericalError(
+            f"a value of magnitude {float(values.abs().max()):g} overflows {value_dtype}: choose bfloat16 or float32"
+        )
+    return rounded
+
+
+def stored_layout(shape: tuple[int, ...], value_dtype: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Give shape and dtype of the tensor that stores values of a shape."""
+    if value_dtype != "bfloat14":
+        return shape, HOLDING_DTYPES[value_dtype]
+    count = 1
+    for size in shape:
+        count *= size
+    return (packed_bytes(count),), torch.uint8
+
+
+def packed_bytes(count: int) -> int:
+    """Count the bytes of ``count`` bfloat14 values."""
+    return (count * VALUE_BITS["bfloat14"] + 7) // 8
+
+
+def store_values(values: Tensor, value_dtype: str) -> Tensor:
+    """Give the stored tensor of values that are already rounded (in the holding dtype)."""
+    return _pack14(values.reshape(-1)) if value_dtype == "bfloat14" else values.contiguous()
+
+
+def read_values(stored: Tensor, shape: tuple[int, ...], value_dtype: str) -> Tensor:
+    """Give the values of a stored tensor, in the holding dtype.
+
+    Raises
+    ------
+    CheckpointError
+        The tensor has the wrong shape or dtype for values of this shape, or 14-bit values have padding bits set or are
+        not finite.
+    """
+    expect("values", stored, *stored_layout(shape, value_dtype))
+    return _unpack14(stored, shape) if value_dtype == "bfloat14" else stored
+
+
+def tensors_of(packed: PackedCoefficients, *names: str) -> list[Tensor]:
+    """Give the tensors of these local names, which must be all there are.
+
+    Raises
+    ------
+    CheckpointError
+        One is missing or unknown.
+    """
+    if set(packed.tensors) != set(names):
+        raise CheckpointError(f"found tensors {sorted(packed.tensors)}, expected {sorted(names)}")
+    return [packed.tensors[name] for name in names]
+
+
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a tensor that has another shape or dtype.
+
+    Raises
+    ------
+    CheckpointError
+        With what was found and what belongs there.
+    """
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+        found = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise CheckpointError(f"{name}: found {found}, expected {tuple(shape)} {dtype}".replace("torch.", ""))
+
+
+def _pack14(values: Tensor) -> Tensor:
+    count = values.numel()
+    codes = values.new_zeros((count + 3) // 4 * 4, dtype=torch.int64)
+    codes[:count] = (values.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF) >> 2
+    codes = codes.reshape(-1, 4)
+    words = codes[:, 0] | codes[:, 1] << 14 | codes[:, 2] << 28 | codes[:, 3] << 42
+    seven = words.view(torch.uint8).reshape(-1, 8)[:, :7]
+    return seven.reshape(-1)[: packed_bytes(count)].clone()
+
+
+def _unpack14(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    words = stored.new_zeros((count + 3) // 4, 8)
+    seven = stored.new_zeros(words.shape[0] * 7)
+    seven[: stored.numel()] = stored
+    words[:, :7] = seven.reshape(-1, 7)
+    word = words.view(torch.int64)
+    codes = torch.cat([word >> shift & _CODE for shift in (0, 14, 28, 42)], dim=1).reshape(-1)
+    if bool(codes[count:].any()) or _tail_is_set(stored, count):
+        raise CheckpointError("values: padding bits beyond the last value are set")
+    if bool((codes & _EXPONENT == _EXPONENT).any()):
+        raise CheckpointError("values: NaN or infinity")
+    return (codes[:count] << 2).to(torch.int16).view(torch.bfloat16).reshape(shape)
+
+
+def _tail_is_set(stored: Tensor, count: int) -> bool:
+    """Tell whether the bits of the last byte beyond the last value are set."""
+    used = count * VALUE_BITS["bfloat14"] % 8
+    return used != 0 and bool(stored[-1] >> used)

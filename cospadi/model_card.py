@@ -1,0 +1,123 @@
+"""The model card of a checkpoint: what was done, what it cost and how to load it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from cospadi.config import CompressionConfig
+
+TAGS = ["cospadi", "compression", "sparse-dictionary"]
+
+
+def model_card(report: dict[str, Any], config: CompressionConfig) -> str:
+    """Write the README.md of a compressed model.
+
+    Parameters
+    ----------
+    report : dict
+        As in report.json.
+    config : CompressionConfig
+        The recipe.
+
+    Returns
+    -------
+    str
+        Markdown with YAML front matter.  Every figure is from the report.
+    """
+    base = report["model"]
+    name = Path(base).name
+    causal = report["evaluation"] is not None
+    data = ModelCardData(
+        # A path of the compressing machine is not an id that the hub could link to.
+        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None,
+        base_model_relation="quantized",
+        library_name="transformers",
+        pipeline_tag="text-generation" if causal else None,
+        tags=TAGS,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}, compressed with cospadi",
+        f"{_summary(report)} No weight was trained. The licence of the base model applies.",
+        "## Load it",
+        _loading(causal),
+        "## What it costs",
+        _figures(report),
+        "## How it was made",
+        _method(report, config),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(report: dict[str, Any]) -> str:
+    coefficients = "coefficients" if report["format"] == "dense" else "sparse coefficients"
+    return (
+        f"{report['totals']['n_layers']} linear layers of {Path(report['model']).name} are stored as a dictionary "
+        f"times {coefficients}, fitted to the layers' outputs on a calibration text."
+    )
+
+
+def _loading(causal: bool) -> str:
+    auto = "AutoModelForCausalLM" if causal else "AutoModel"
+    return f"""```python
+import cospadi  # first: it teaches transformers to read these layers
+from transformers import {auto}
+
+model = {auto}.from_pretrained("PATH_OR_ID")
+```
+
+Without `import cospadi` transformers only logs a warning, leaves the compressed layers at random values and returns a
+model that writes nonsense. `cospadi.load("PATH_OR_ID")` cannot go wrong in this way.
+
+For tools that cannot import cospadi, make an ordinary dense folder of the original size first:
+
+```shell
+cospadi-cli decompress PATH -o DENSE
+```"""
+
+
+def _figures(report: dict[str, Any]) -> str:
+    totals, evaluation = report["totals"], report["evaluation"]
+    rows = [
+        ("bytes of the compressed layers", totals["layer_dense_bytes"], totals["layer_bytes"], totals["ratio"]),
+        ("bytes of the whole model", totals["model_dense_bytes"], totals["model_bytes"], totals["model_ratio"]),
+    ]
+    lines = ["| | before | after | |", "|---|---:|---:|---:|"]
+    lines += [f"| {label} | {before:,} | {after:,} | {-ratio:+.1%} |" for label, before, after, ratio in rows]
+    if evaluation is not None:
+        lines += _perplexities(evaluation)
+    notes = (
+        "Bytes are those on disk against bfloat16, masks and indices included. By the convention of arXiv 2509.22075, "
+        f"which leaves the mask out, the layers' ratio reads {totals['ratio_paper_convention']:.1%}."
+    )
+    if evaluation is not None:
+        notes += f" Evaluation text: {Path(evaluation['text']).name}. Perplexity, by {evaluation['definition']}."
+    return "\n".join(lines) + "\n\n" + notes
+
+
+def _perplexities(evaluation: dict[str, Any]) -> list[str]:
+    lines = []
+    after, before = evaluation["compressed"]["perplexity"], (evaluation["baseline"] or {}).get("perplexity")
+    for label in ("token", "word"):
+        cells = ["" if one is None or one[label] is None else f"{one[label]:.2f}" for one in (before, after)]
+        ratio = evaluation["perplexity_ratio"]
+        change = f"x{ratio:.3f}" if label == "token" and ratio is not None else ""
+        where = f"{after['n_tokens']} tokens, windows of {after['window']}"
+        lines.append(f"| {label} perplexity ({where}) | {cells[0]} | {cells[1]} | {change} |")
+    return lines
+
+
+def _method(report: dict[str, Any], config: CompressionConfig) -> str:
+    calibration, totals = report["calibration"], report["totals"]
+    members = [member for row in report["groups"] for member in row["members"]]
+    worst = max(members, key=lambda member: member["relative_error"])
+    return f"""- cospadi {report["cospadi"]}, solver `{report["solver"]["name"]}`, ratio {config.ratio:g} by the \
+{config.convention} convention, {config.groups} groups, coefficients in {config.value_dtype}
+- calibration: {calibration["windows"]} windows of {calibration["seq_len"]} tokens, {calibration["source"]} \
+(SHA-256 of the tokens `{calibration["fingerprint"][:16]}...`)
+- relative error of the outputs on that text: {totals["mean_relative_error"]:.4f} on average, \
+{worst["relative_error"]:.4f} at worst (`{worst["name"]}`)
+- {len(report["kept_dense"])} further linear layers were kept dense because factors would save nothing
+- every group's sizes, errors and solver statistics are in `report.json`"""

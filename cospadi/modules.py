@@ -1,0 +1,280 @@
+"""``SparseLinear``: a linear layer whose weight is a dictionary times sparse coefficients, kept packed as stored."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.backends.base import BACKENDS, Backend, Placement
+from cospadi.backends.sharing import Group, Prepared, prepare
+from cospadi.errors import CheckpointError, UnavailableError, UsageError
+from cospadi.factorization import GroupSpec, MemberSpec
+from cospadi.formats.base import FORMATS, PackedCoefficients
+from cospadi.formats.checkpoint import CheckpointConfig
+
+
+class SparseLinear(nn.Module):
+    """A linear layer y = (x D) S + b that keeps D and S as they are stored.
+
+    What a backend needs is made on the first call for the device and dtype of x, and again when the layer has moved or
+    its tensors have changed.  Conversions such as ``half()`` leave D and S as stored; only the bias follows.  Changes
+    through ``.data`` go unnoticed; call ``forget`` after them.  Call the layer once before compiling it.
+
+    Parameters
+    ----------
+    group : Group
+        Shared by the members; made by ``build_group``.
+    member : MemberSpec
+        Which of the members this is.
+    backend : str
+        Registry name.
+    device : torch.device, optional
+        Where to make the empty tensors.
+    bias_dtype : torch.dtype, optional
+        Of the bias; the default dtype if not given.
+
+    Attributes
+    ----------
+    dictionary : Parameter, shape (n_atoms, in_features)
+        In the first member of the group only.
+    bias : Parameter, shape (out_features,), or None
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        member: MemberSpec,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        bias_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        spec = group.spec
+        self.member = member
+        self.in_features, self.out_features, self.n_atoms = spec.in_features, member.out_features, spec.n_atoms
+        self.replaced: type[nn.Module] = nn.Linear
+        self._group = group
+        self._prepared: Prepared | None = None
+        if group.owner is None:
+            group.owner = self
+            shape, dtype = (spec.n_atoms, spec.in_features), getattr(torch, spec.dictionary_dtype)
+            self.dictionary = _frozen(torch.empty(shape, dtype=dtype, device=device))
+        layout = FORMATS.create(spec.format).layout(
+            spec.n_atoms, member.out_features, member.n_stored, spec.value_dtype
+        )
+        self._local_names = tuple(layout)
+        for local, (shape, dtype) in layout.items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            if dtype.is_floating_point:
+                self.register_parameter(local, _frozen(tensor))
+            else:
+                self.register_buffer(local, tensor)
+        bias = torch.empty(member.out_features, dtype=bias_dtype, device=device) if member.bias else None
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self.use_backend(backend)
+
+    @property
+    def owner(self) -> "SparseLinear":
+        """The member that holds the dictionary."""
+        assert self._group.owner is not None
+        return self._group.owner
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that multiplies."""
+        return self._backend.name
+
+    def use_backend(self, name: str) -> None:
+        """Choose the backend, by its registry name."""
+        self._backend: Backend = BACKENDS.create(name)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the backend has prepared; it is made again on the next call."""
+        self._prepared = None
+        self._group.forget()
+
+    def packed(self) -> PackedCoefficients:
+        """Give the stored coefficients, without copying them."""
+        spec = self._group.spec
+        tensors = {local: getattr(self, local) for local in self._local_names}
+        return PackedCoefficients(spec.format, self.n_atoms, self.out_features, spec.value_dtype, tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply.
+
+        Parameters
+        ----------
+        x : Tensor, shape (..., in_features), floating
+
+        Returns
+        -------
+        Tensor, shape (..., out_features)
+            In the dtype of x.
+        """
+        placement = Placement(x.device, x.dtype)
+        coefficients = self._coefficients(placement)
+        dictionary = self._group.dictionary(self._backend, placement)
+        z = self._group.project(self._backend, dictionary, x, self.member.name)
+        y = self._backend.combine(coefficients, z)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _coefficients(self, placement: Placement) -> Any:
+        sources = tuple(getattr(self, local) for local in self._local_names)
+        if self._prepared is None or not self._prepared.fits(self.backend, placement, sources):
+            packed = self.packed()
+            state = self._backend.supports(packed, placement)
+            if not state:
+                raise UnavailableError(f"{self.member.name}: backend {self.backend!r} cannot run: {state.reason}")
+            try:
+                make = self._backend.prepare_coefficients
+                self._prepared = prepare(make, packed, self.backend, placement, sources)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.member.name}.{error}") from error
+        return self._prepared.state
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Multiply out, in float32 or better: the weight, shape (out_features, in_features), as in ``nn.Linear``."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        packed = self.packed()
+        rows = FORMATS.create(packed.format).unpack(packed).T
+        with torch.no_grad():
+            return (rows.to(exact) @ self.owner.dictionary.to(rows.device, exact)).to(dtype)
+
+    def to_dense_module(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Give a dense layer of the class that this one replaced (``nn.Linear`` or the ``Conv1D`` of transformers).
+
+        Parameters
+        ----------
+        dtype : torch.dtype, optional
+            Of its weight and bias; that of the dictionary if not given.
+        """
+        dtype = dtype or self.owner.dictionary.dtype
+        weight = self.to_dense(dtype)
+        if issubclass(self.replaced, nn.Linear):
+            dense: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        else:
+            with torch.device("meta"):
+                dense = self.replaced(self.out_features, self.in_features)
+            weight = weight.T.contiguous()
+        dense.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the sizes."""
+        spec = self._group.spec
+        role = "owner" if self.owner is self else f"borrows from {spec.name}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, n_atoms={self.n_atoms}, "
+            f"format={spec.format}, value_dtype={spec.value_dtype}, bias={self.bias is not None}, {role}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
+        """Move, but keep D and S in their stored dtypes: rounding them would be lossy, and x decides the precision."""
+        names = (*self._local_names, "dictionary") if self.owner is self else self._local_names
+        stored = {id(getattr(self, name)) for name in names}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in stored and moved.dtype != tensor.dtype else moved
+
+        super()._apply(move, recurse)
+        self.forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": None}
+
+
+def build_group(
+    spec: GroupSpec,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    bias_dtype: torch.dtype | None = None,
+) -> dict[str, SparseLinear]:
+    """Make the layers of a group, empty, by name; the first one holds the dictionary."""
+    group = Group(spec)
+    return {member.name: SparseLinear(group, member, backend, device, bias_dtype) for member in spec.members}
+
+
+def install(model: nn.Module, config: CheckpointConfig, backend: str | None = None) -> None:
+    """Replace the layers that a checkpoint describes by empty ``SparseLinear`` layers, on the same devices.
+
+    Parameters
+    ----------
+    model : Module
+        A skeleton, for example on the meta device; changed in place.
+    config : CheckpointConfig
+        The description.
+    backend : str, optional
+        Registry name; the recommended one if not given.
+
+    Raises
+    ------
+    CheckpointError
+        The model has no such layer, or one of another shape.
+    """
+    for spec in config.groups:
+        places = {member.name: _replaceable(model, spec, member) for member in spec.members}
+        first = next(iter(places.values())).weight
+        built = build_group(spec, backend or config.backend, first.device, first.dtype)
+        for name, sparse in built.items():
+            sparse.replaced = type(places[name])
+            sparse.train(places[name].training)
+            model.set_submodule(name, sparse)
+
+
+def sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:
+    """Give the compressed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def set_backend(model: nn.Module, name: str) -> None:
+    """Run all compressed layers of a model with another backend.
+
+    Raises
+    ------
+    UnavailableError
+        It cannot run on this machine; says why.
+    UsageError
+        The name is unknown, or the model has no compressed layers.
+    """
+    state = BACKENDS.availability(name)
+    if not state:
+        raise UnavailableError(f"backend {name!r} cannot run on this machine: {state.reason}")
+    layers = sparse_modules(model)
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no compressed layers: nothing to run with backend {name!r}")
+    for layer in layers.values():
+        layer.use_backend(name)
+
+
+def restore_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace all compressed layers by dense ones of the classes that they replaced, in place."""
+    for name, layer in sparse_modules(model).items():
+        model.set_submodule(name, layer.to_dense_module(dtype))
+
+
+def _replaceable(model: nn.Module, spec: GroupSpec, member: MemberSpec) -> nn.Module:
+    try:
+        module = model.get_submodule(member.name)
+    except AttributeError as error:
+        raise CheckpointError(f"the model has no layer {member.name}, which the checkpoint describes") from error
+    if isinstance(module, nn.Linear):
+        shape = (module.in_features, module.out_features)
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        shape = tuple(module.weight.shape)
+    else:
+        raise CheckpointError(f"{member.name} is a {type(module).__name__}, not a linear layer")
+    found, expected = (*shape, module.bias is not None), (spec.in_features, member.out_features, member.bias)
+    if found != expected:
+        raise CheckpointError(
+            f"{member.name} has (in_features, out_features, bias) = {found}, the checkpoint describes {expected}"
+        )
+    return module
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

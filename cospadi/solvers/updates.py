@@ -1,0 +1,163 @@
+"""The closed-form pieces that the solvers are made of, written once against the array API.
+
+Letters as in ``base.py``: target ``Y`` (in_features, n_columns), dictionary ``A`` (in_features, n_atoms) with atoms as
+columns, coefficients ``S`` (n_atoms, n_columns).  Nothing here modifies its arguments, and nothing depends on the scale
+of the target: every threshold is relative.
+"""
+
+import numpy as np
+
+from array_api_compat import device
+
+from cospadi.arrays import Array, library_of, namespace
+
+
+def squared_columns(V: Array) -> Array:
+    """Give the squared Euclidean norm of each column, shape (n_columns,)."""
+    return namespace(V).sum(V * V, axis=0)
+
+
+def unit_columns(V: Array) -> tuple[Array, Array]:
+    """Scale the columns to unit norm; zero columns stay zero.
+
+    Returns
+    -------
+    unit : array, shape of V
+    norms : array, shape (n_columns,)
+    """
+    xp = namespace(V)
+    # Dividing by the largest entry first keeps the squares in the range of float32.
+    largest = xp.max(xp.abs(V), axis=0)
+    largest = xp.where(largest > 0, largest, xp.ones_like(largest))
+    V = V / largest[None, :]
+    norms = xp.sqrt(squared_columns(V))
+    safe = xp.where(norms > 0, norms, xp.ones_like(norms))
+    return V / safe[None, :], norms * largest
+
+
+def hard_threshold(V: Array, n_nonzero: int) -> Array:
+    """Keep the ``n_nonzero`` largest magnitudes of each column (the first ones among equals) and zero the rest."""
+    xp = namespace(V)
+    n_rows = V.shape[0]
+    if n_nonzero >= n_rows:
+        return V
+    if n_nonzero == 0:
+        return xp.zeros_like(V)
+    magnitudes = xp.abs(V)
+    place = n_rows - n_nonzero
+    if library_of(V) == "numpy":
+        rows = np.ascontiguousarray(magnitudes.T)
+        rows.partition(place, axis=1)  # four times faster than along the columns, and ten times faster than a sort
+        smallest_kept = rows[:, place]
+    else:
+        smallest_kept = xp.sort(magnitudes, axis=0)[place, :]
+    keep = magnitudes >= smallest_kept[None, :]
+    if int(xp.sum(xp.astype(keep, xp.int64))) > n_nonzero * V.shape[1]:
+        above = magnitudes > smallest_kept[None, :]
+        equal = keep & ~above
+        room = n_nonzero - xp.sum(xp.astype(above, xp.int64), axis=0)
+        keep = above | (equal & (xp.cumulative_sum(xp.astype(equal, xp.int64), axis=0) <= room[None, :]))
+    return xp.where(keep, V, xp.zeros_like(V))
+
+
+def leading_left_singular_vectors(Y: Array, n_vectors: int) -> Array:
+    """Give orthonormal directions in the order of falling energy: min ||Y - U U^T Y|| over U with ``n_vectors`` columns.
+
+    From the eigenvectors of the smaller Gram of Y in float64, in which squaring costs no digit that float32 has.
+
+    Returns
+    -------
+    U : array, shape (in_features, n_vectors), dtype of Y
+        ``n_vectors`` must not exceed in_features; directions beyond the rank of Y complete the orthonormal set.
+    """
+    xp = namespace(Y)
+    d, n = Y.shape
+    exact = xp.astype(Y, xp.float64)
+    largest = float(xp.max(xp.abs(exact)))
+    if largest > 0:
+        exact = exact / largest
+    if d <= n:
+        vectors = xp.flip(xp.linalg.eigh(exact @ exact.T).eigenvectors, axis=1)[:, :n_vectors]
+    else:
+        right = xp.flip(xp.linalg.eigh(exact.T @ exact).eigenvectors, axis=1)
+        mode = "reduced" if n_vectors <= n else "complete"
+        vectors = xp.linalg.qr(exact @ right, mode=mode)[0][:, :n_vectors]
+    return _contiguous(xp.astype(vectors, Y.dtype))
+
+
+def spectral_start(Y: Array, n_atoms: int, n_nonzero: int) -> tuple[Array, Array]:
+    """Give a dictionary and coefficients in closed form: singular directions and the largest correlations with them.
+
+    When there are more atoms than directions, each further atom is a column of Y, the worst represented first, and
+    codes that column alone.
+
+    Returns
+    -------
+    A : array, shape (in_features, n_atoms)
+        Atoms of unit norm.
+    S : array, shape (n_atoms, n_columns)
+        At most ``n_nonzero`` non-zeros per column.
+    """
+    xp = namespace(Y)
+    d, n = Y.shape
+    A = leading_left_singular_vectors(Y, min(n_atoms, d))
+    S = hard_threshold(A.T @ Y, n_nonzero)
+    if n_atoms <= d:
+        return A, S
+    spare = n_atoms - d
+    residual = Y - A @ S
+    worst = xp.argsort(squared_columns(residual), descending=True, stable=True)[: min(spare, n)]
+    extra, norms = unit_columns(xp.take(Y, worst, axis=1))
+    if n_nonzero:
+        own = xp.astype(xp.arange(n, device=device(worst))[None, :] == worst[:, None], Y.dtype)
+        alone = xp.sum(own, axis=0) > 0
+        S = xp.where(alone[None, :], xp.zeros_like(S), S)
+        below = own * norms[:, None]
+    else:
+        below = xp.zeros_like(S)[: worst.shape[0], :]
+    A, S = xp.concat([A, extra], axis=1), xp.concat([S, below], axis=0)
+    while A.shape[1] < n_atoms:  # more atoms than directions and columns together: every column is exact already
+        more = A[:, : min(d, n_atoms - A.shape[1])]
+        A, S = xp.concat([A, more], axis=1), xp.concat([S, xp.zeros_like(S)[: more.shape[1], :]], axis=0)
+    return A, S
+
+
+def least_squares_dictionary(Y: Array, S: Array, previous: Array) -> Array:
+    """Solve min over A of ||Y - A S||^2: A = Y S^T (S S^T + ridge)^-1 (Engan, Aase, Husoy 1999).
+
+    The rows of S are scaled to one size first, so that the tiny ridge (64 units of rounding) weighs on all atoms alike
+    and a long decay of their energies costs no digits.  Atoms that no column uses keep their ``previous`` direction.
+
+    Parameters
+    ----------
+    Y : array, shape (in_features, n_columns)
+    S : array, shape (n_atoms, n_columns)
+    previous : array, shape (in_features, n_atoms)
+
+    Returns
+    -------
+    A : array, shape (in_features, n_atoms)
+    """
+    xp = namespace(Y)
+    gram = S @ S.T
+    energies = xp.linalg.diagonal(gram)
+    used = energies > 0
+    sizes = xp.sqrt(xp.where(used, energies, xp.ones_like(energies)))
+    gram = gram / (sizes[:, None] * sizes[None, :])
+    ridge = 64 * xp.finfo(Y.dtype).eps
+    identity = xp.eye(S.shape[0], dtype=Y.dtype, device=device(S))
+    right = (S @ Y.T) / sizes[:, None]
+    solved = xp.linalg.solve(gram + xp.where(used, ridge, 1.0 + ridge) * identity, right) / sizes[:, None]
+    return xp.where(used[None, :], solved.T, previous)
+
+
+def polar_factor(M: Array) -> Array:
+    """Give the matrix with orthonormal columns that is nearest to M (Procrustes): U V^T of its SVD; M is not wide."""
+    left, _, right = namespace(M).linalg.svd(M, full_matrices=False)
+    return left @ right
+
+
+def _contiguous(array: Array) -> Array:
+    if library_of(array) == "numpy":
+        return np.ascontiguousarray(array)
+    return array.contiguous() if library_of(array) == "torch" else array

@@ -1,0 +1,118 @@
+"""From the Gram of the inputs to the whitened problem and back.
+
+With ``G = X^T X = L L^T`` the output error ``||X (W - D S)||_F^2`` equals ``||Y - A S||_F^2`` for ``Y = L^T W`` and
+``A = L^T D``: ordinary dictionary learning (arXiv 2509.22075, section 3.1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cospadi.errors import NumericalError
+
+_MAX_CONDITION = 1e7
+"""Largest ratio of the factor's extreme diagonal entries: beyond it D = L^-T A loses the precision of bfloat16."""
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """A square root of a Gram.
+
+    Attributes
+    ----------
+    factor : Tensor, shape (in_features, in_features), float64
+        Lower Cholesky factor L of the (damped) Gram.
+    damping : float
+        What was added to the Gram's diagonal, as a fraction of its mean; 0 if nothing was.
+    note : str
+        What was wrong with the Gram, for the report; empty if nothing.
+    """
+
+    factor: Tensor
+    damping: float = 0.0
+    note: str = ""
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """Give Y = L^T W, float64, from W of shape (in_features, out_features)."""
+        return self.factor.T @ weight.to(self.factor)
+
+    def unwhiten(self, dictionary: Tensor) -> Tensor:
+        """Give D = L^-T A, float64, from A of shape (in_features, n_atoms)."""
+        return torch.linalg.solve_triangular(self.factor.T, dictionary.to(self.factor), upper=True)
+
+
+def whitening_from_gram(gram: Tensor, n_tokens: int, damping: float = 1e-6, name: str = "") -> Whitening:
+    """Factorise a Gram, repairing it visibly where it has to be.
+
+    The plain Cholesky factor is taken when it exists and is well conditioned.  Else ``damping`` times the mean of the
+    diagonal is added, and ten times more until it works; eigenvalues clamped from below are the last resort.
+
+    Parameters
+    ----------
+    gram : Tensor, shape (in_features, in_features), floating
+        ``X^T X``.
+    n_tokens : int
+        Rows of X.
+    damping : float
+        First damping to try, relative to the mean of the diagonal.
+    name : str
+        Layer name, for error texts.
+
+    Raises
+    ------
+    NumericalError
+        The Gram holds NaN or infinity.
+    """
+    gram = gram.to(torch.float64)
+    if not bool(torch.isfinite(gram).all()):
+        raise NumericalError(f"{name}: the Gram of the calibration activations holds NaN or infinity")
+    size = gram.shape[0]
+    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    mean = float(gram.diagonal().mean())
+    if mean <= 0:
+        seen = "no calibration token reached the layer" if n_tokens == 0 else "all calibration inputs are zero"
+        return Whitening(identity, 1.0, f"{seen}: the plain weight error is minimised instead")
+    factor = _cholesky(gram)
+    if factor is not None:
+        return Whitening(factor)
+    note = f"only {n_tokens} tokens for {size} features" if n_tokens < size else "the Gram is close to singular"
+    zeros = int((gram.diagonal() == 0).sum())
+    if zeros:
+        note = f"{zeros} input features are always zero"
+    level = damping
+    while level <= 0.1:
+        factor = _cholesky(gram + level * mean * identity)
+        if factor is not None:
+            return Whitening(factor, level, note)
+        level *= 10
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors * values.clamp_min(damping * mean).sqrt()
+    upper = torch.linalg.qr(root.T).R
+    return Whitening((upper * upper.diagonal().sign()[:, None]).T.contiguous(), damping, f"{note}; eigenvalues clamped")
+
+
+def output_errors(gram: Tensor, weight: Tensor, approximation: Tensor) -> tuple[float, float]:
+    """Give ``||X (W - V)||_F^2`` and ``||X W||_F^2`` from the Gram of X, in float64.
+
+    Parameters
+    ----------
+    gram : Tensor, shape (in_features, in_features)
+        ``X^T X``, undamped; a Gram of zeros (no token seen) counts as the identity.
+    weight, approximation : Tensor, shape (in_features, out_features)
+        W and V.
+    """
+    weight = weight.to(gram)
+    difference = weight - approximation.to(gram)
+    if not bool(gram.any()):
+        return float(difference.square().sum()), float(weight.square().sum())
+    return float((difference * (gram @ difference)).sum()), float((weight * (gram @ weight)).sum())
+
+
+def _cholesky(gram: Tensor) -> Tensor | None:
+    """Give the lower factor, or None when the matrix is not positive definite or badly conditioned."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.diagonal()
+    if int(info) != 0 or float(diagonal.max()) > _MAX_CONDITION * float(diagonal.min()):
+        return None
+    return factor

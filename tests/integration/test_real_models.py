@@ -1,0 +1,82 @@
+"""The main job on the real embedded models: a few layers, a few tokens."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cospadi
+from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text, token_windows
+from cospadi.config import CalibrationConfig, CompressionConfig
+from cospadi.embedded import embedded_encoder, embedded_model
+from cospadi.evaluation.perplexity import perplexity
+from cospadi.models import open_model
+from cospadi.pipeline import compress
+
+pytestmark = pytest.mark.integration
+
+
+def cli(*arguments):
+    return subprocess.run([sys.executable, "-m", "cospadi_cli.main", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_smollm2_two_blocks_end_to_end_by_the_command_line(tmp_path):
+    out = tmp_path / "out"
+    options = ["--ratio", 0.2, "--samples", 8, "--seq-len", 128, "--eval-tokens", 1024]
+    done = cli("compress", "-o", out, *options, "--include", "*.layers.1[01].*", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    totals = report["totals"]
+    assert totals["n_layers"] == 14
+    assert 0.2 <= totals["ratio"] < 0.21
+    evaluation = report["evaluation"]
+    assert 1 <= evaluation["perplexity_ratio"] < 1.6
+    # Plain transformers, after import cospadi, computes what cospadi.load does.
+    code = (
+        "import sys, cospadi, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(m.dtype, float(m(**t('The capital of France is', return_tensors='pt')).logits.float().sum()))\n"
+    )
+    plain = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True)
+    assert plain.returncode == 0, plain.stderr
+    dtype, total = plain.stdout.split()
+    model = cospadi.load(out)
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(out)("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        expected = float(model(**tokens).logits.float().sum())
+    assert dtype == "torch.bfloat16"
+    assert float(total) == pytest.approx(expected, rel=1e-3)
+
+    dense = tmp_path / "dense"
+    assert cli("decompress", out, "-o", dense).returncode == 0
+    windows = token_windows(AutoTokenizer.from_pretrained(out), read_text(None, EMBEDDED_EVALUATION), 128, 4)
+    small = perplexity(cospadi.load(out, dtype=torch.float32), windows).token
+    large = perplexity(open_model(dense, torch.device("cpu")).model, windows).token
+    assert large == pytest.approx(small, rel=0.02)  # the products are rounded to bfloat16
+
+
+def test_minilm_encoder_keeps_its_sentences_apart(tmp_path):
+    config = CompressionConfig(ratio=0.3, calibration=CalibrationConfig(samples=16, seq_len=128))
+    report = compress(embedded_encoder(), tmp_path / "out", config)
+    assert report["totals"]["n_layers"] == 36
+    assert 0.3 <= report["totals"]["ratio"] < 0.31
+    small = cospadi.load(tmp_path / "out", dtype=torch.float32)
+    source = open_model(embedded_encoder(), torch.device("cpu"))
+    sentences = ["The cat sits on the mat.", "A kitten rests on a rug.", "Parliament passed the budget on Tuesday."]
+    batch = source.tokenizer(sentences, return_tensors="pt", padding=True)
+
+    def similarities(model):
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        return pooled @ pooled.T
+
+    before, after = similarities(source.model), similarities(small)
+    torch.testing.assert_close(after, before, atol=0.15, rtol=0)
+    assert after[0, 1] > after[0, 2]
