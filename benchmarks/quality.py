@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --calibration calib.txt --evaluation eval.txt --solvers htp,svd --ratios 0.2,0.4
 
-The Grams are collected once and shared by all runs (their time is reported apart).  Results are merged into
+The Grams are collected once and shared by all runs.  Results are merged into
 benchmarks/results/quality.json, one entry per (solver, options, ratio, groups).
 """
 
@@ -18,6 +18,7 @@ from common import RESULTS, save_result
 
 import cospadi
 from cospadi.calibration.data import EMBEDDED_EVALUATION, fingerprint, read_text, token_windows
+from cospadi.calibration.statistics import Gram
 from cospadi.config import CompressionConfig
 from cospadi.embedded import embedded_model
 from cospadi.evaluation.perplexity import perplexity
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--value-dtype", default="bfloat16")
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of 512 tokens")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
+    parser.add_argument("--grams", help="folder that keeps the Grams for the next call")
     parser.add_argument("--name", default="quality", help="name of the result file")
     args = parser.parse_args()
 
@@ -47,15 +49,23 @@ def main() -> None:
     dense = perplexity(source.model, windows, source.tokenizer)
     print(f"dense: token perplexity {dense.token:.3f}", flush=True)
     start = time.perf_counter()
-    grams = collect_grams(source.model, calibration)
-    gram_seconds = time.perf_counter() - start
-    print(f"Grams: {gram_seconds:.0f} s", flush=True)
+    folder = Path(args.grams or tempfile.mkdtemp()) / fingerprint(calibration)[:16]
+    if folder.is_dir():
+        grams = {path.stem: Gram.load(path, path.stem) for path in folder.glob("*.safetensors")}
+    else:
+        grams = collect_grams(source.model, calibration)
+        folder.mkdir(parents=True)
+        for name, gram in grams.items():
+            gram.save(folder / f"{name}.safetensors")
+    print(f"Grams: {time.perf_counter() - start:.0f} s", flush=True)
 
     rows = _earlier(args.name)
     for groups in args.groups.split(","):
         for ratio in map(float, args.ratios.split(",")):
             for solver in args.solvers.split(","):
-                row = _measure(source, solver, ratio, groups, args.value_dtype, calibration, windows, grams, dense.token)
+                row = _measure(
+                    source, solver, ratio, groups, args.value_dtype, calibration, windows, grams, dense.token
+                )
                 rows = [r for r in rows if [r[k] for k in _KEYS] != [row[k] for k in _KEYS]] + [row]
                 print(json.dumps(row), flush=True)
                 save_result(
@@ -65,7 +75,6 @@ def main() -> None:
                         "calibration": {"windows": args.samples, "fingerprint": fingerprint(calibration)},
                         "evaluation": {"windows": args.windows, "fingerprint": fingerprint(windows)},
                         "dense_perplexity": dense.token,
-                        "gram_seconds": gram_seconds,
                         "rows": sorted(rows, key=lambda r: tuple(str(r[k]) for k in _KEYS)),
                     },
                 )

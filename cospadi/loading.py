@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cospadi.backends.base import BACKENDS
-from cospadi.errors import UnavailableError, UsageError
+from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.formats.checkpoint import QUANT_METHOD
 from cospadi.formats.verify import read_json, stays_inside, verify_checkpoint
 
@@ -62,14 +62,18 @@ def load(
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config.quantization_config["backend"] = name
-    model = _model_class(config).from_pretrained(
+    model, info = _model_class(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype or "auto",
+        output_loading_info=True,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
     )
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise CheckpointError(f"{folder}: the model needs tensor {lacking[0]}, which is missing or of another shape")
     # The choice is for this run: what is saved keeps the recommendation.
     described = model.config.quantization_config
     described.checkpoint = described.checkpoint.with_backend(checkpoint.backend)

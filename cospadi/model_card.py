@@ -29,10 +29,11 @@ def model_card(report: dict[str, Any], config: CompressionConfig) -> str:
     base = report["model"]
     name = Path(base).name
     causal = report["evaluation"] is not None
+    # A path of the compressing machine is not an id that the hub could link to.
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
     data = ModelCardData(
-        # A path of the compressing machine is not an id that the hub could link to.
-        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None,
-        base_model_relation="quantized",
+        base_model=base if is_id else None,
+        base_model_relation="quantized" if is_id else None,
         library_name="transformers",
         pipeline_tag="text-generation" if causal else None,
         tags=TAGS,
@@ -93,7 +94,7 @@ def _figures(report: dict[str, Any]) -> str:
         f"which leaves the mask out, the layers' ratio reads {totals['ratio_paper_convention']:.1%}."
     )
     if evaluation is not None:
-        notes += f" Evaluation text: {Path(evaluation['text']).name}. Perplexity, by {evaluation['definition']}."
+        notes += f" Evaluation text: {_public(evaluation['text'])}. Perplexity, by {evaluation['definition']}."
     return "\n".join(lines) + "\n\n" + notes
 
 
@@ -115,9 +116,14 @@ def _method(report: dict[str, Any], config: CompressionConfig) -> str:
     worst = max(members, key=lambda member: member["relative_error"])
     return f"""- cospadi {report["cospadi"]}, solver `{report["solver"]["name"]}`, ratio {config.ratio:g} by the \
 {config.convention} convention, {config.groups} groups, coefficients in {config.value_dtype}
-- calibration: {calibration["windows"]} windows of {calibration["seq_len"]} tokens, {calibration["source"]} \
+- calibration: {calibration["windows"]} windows of {calibration["seq_len"]} tokens, {_public(calibration["source"])} \
 (SHA-256 of the tokens `{calibration["fingerprint"][:16]}...`)
 - relative error of the outputs on that text: {totals["mean_relative_error"]:.4f} on average, \
 {worst["relative_error"]:.4f} at worst (`{worst["name"]}`)
 - {len(report["kept_dense"])} further linear layers were kept dense because factors would save nothing
 - every group's sizes, errors and solver statistics are in `report.json`"""
+
+
+def _public(source: str) -> str:
+    """Name a text without the folders of the machine that it lay on."""
+    return source if source.startswith("hf:") else Path(source).name

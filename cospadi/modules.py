@@ -11,6 +11,7 @@ from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.factorization import GroupSpec, MemberSpec
 from cospadi.formats.base import FORMATS, PackedCoefficients
 from cospadi.formats.checkpoint import CheckpointConfig
+from cospadi.layers import is_linear, weight_matrix
 
 
 class SparseLinear(nn.Module):
@@ -40,6 +41,9 @@ class SparseLinear(nn.Module):
     bias : Parameter, shape (out_features,), or None
     """
 
+    dictionary: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         group: Group,
@@ -57,8 +61,8 @@ class SparseLinear(nn.Module):
         self._prepared: Prepared | None = None
         if group.owner is None:
             group.owner = self
-            shape, dtype = (spec.n_atoms, spec.in_features), getattr(torch, spec.dictionary_dtype)
-            self.dictionary = _frozen(torch.empty(shape, dtype=dtype, device=device))
+            held = getattr(torch, spec.dictionary_dtype)
+            self.dictionary = _frozen(torch.empty(spec.n_atoms, spec.in_features, dtype=held, device=device))
         layout = FORMATS.create(spec.format).layout(
             spec.n_atoms, member.out_features, member.n_stored, spec.value_dtype
         )
@@ -76,7 +80,6 @@ class SparseLinear(nn.Module):
     @property
     def owner(self) -> "SparseLinear":
         """The member that holds the dictionary."""
-        assert self._group.owner is not None
         return self._group.owner
 
     @property
@@ -218,7 +221,7 @@ def install(model: nn.Module, config: CheckpointConfig, backend: str | None = No
     """
     for spec in config.groups:
         places = {member.name: _replaceable(model, spec, member) for member in spec.members}
-        first = next(iter(places.values())).weight
+        first = next(iter(places.values())).get_parameter("weight")
         built = build_group(spec, backend or config.backend, first.device, first.dtype)
         for name, sparse in built.items():
             sparse.replaced = type(places[name])
@@ -262,13 +265,10 @@ def _replaceable(model: nn.Module, spec: GroupSpec, member: MemberSpec) -> nn.Mo
         module = model.get_submodule(member.name)
     except AttributeError as error:
         raise CheckpointError(f"the model has no layer {member.name}, which the checkpoint describes") from error
-    if isinstance(module, nn.Linear):
-        shape = (module.in_features, module.out_features)
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        shape = tuple(module.weight.shape)
-    else:
+    if not is_linear(module):
         raise CheckpointError(f"{member.name} is a {type(module).__name__}, not a linear layer")
-    found, expected = (*shape, module.bias is not None), (spec.in_features, member.out_features, member.bias)
+    found = (*weight_matrix(module).shape, module.bias is not None)
+    expected = (spec.in_features, member.out_features, member.bias)
     if found != expected:
         raise CheckpointError(
             f"{member.name} has (in_features, out_features, bias) = {found}, the checkpoint describes {expected}"

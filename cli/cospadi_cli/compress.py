@@ -1,6 +1,6 @@
 """``compress``: a model becomes a checkpoint folder, measured before and after."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,19 +101,15 @@ def execute(run: Run) -> None:
     read_text(run.config.calibration.text)
     text = read_text(run.eval_text, EMBEDDED_EVALUATION) if run.eval_tokens else ""
     render.quieten_libraries()
-    if run.model is None:
-        from cospadi.embedded import embedded_model
-
-        with render.working("preparing the embedded model", run.quiet):
-            run = replace(run, model=str(embedded_model()))
+    model = run.model or _embedded(run.quiet)
     window = run.config.calibration.seq_len
     name = run.eval_text or "the public-domain evaluation text of the package"
-    protocol = measuring.protocol(run.model, name, text, run.eval_tokens, window, PROMPT) if run.eval_tokens else None
+    protocol = measuring.protocol(model, name, text, run.eval_tokens, window, PROMPT) if run.eval_tokens else None
     try:
         with render.progress(run.quiet) as listener:
-            report = compress_model(run.model, run.out, run.config, resume=run.resume, on_event=listener)
+            report = compress_model(model, run.out, run.config, resume=run.resume, on_event=listener)
         if protocol is not None:
-            report["evaluation"] = measuring.compare_folders(run.model, run.out, protocol, run.config, run.quiet)
+            report["evaluation"] = measuring.compare_folders(model, run.out, protocol, run.config, run.quiet)
             write_report(run.out, report)
         (run.out / "README.md").write_text(model_card(report, run.config), encoding="utf-8")
     except KeyboardInterrupt:
@@ -125,3 +121,10 @@ def execute(run: Run) -> None:
         render.print_json(report)
     elif not run.quiet:
         render.show_report(report, run.out)
+
+
+def _embedded(quiet: bool) -> str:
+    from cospadi.embedded import embedded_model
+
+    with render.working("preparing the embedded model", quiet):
+        return str(embedded_model())

@@ -22,7 +22,9 @@ PROGRAM = "cospadi-cli"
 class Group(click.Group):
     """A group whose errors are one line each: exit code 2 for misuse, 1 for failure, 130 for an interruption."""
 
-    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+    def main(  # type: ignore[override]  # click's own never returns or does, by an argument that is fixed here
+        self, args: Any = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
         """Run a command and leave with its exit code; the arguments are at hand in ``ctx.obj``."""
         args = list(sys.argv[1:] if args is None else args)
         # The commands print the line that resumes an interrupted run, so they need what was typed.

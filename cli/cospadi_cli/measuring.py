@@ -140,8 +140,11 @@ def _config(path: str | Path) -> Any:
 
     from cospadi.errors import UsageError
 
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
         raise UsageError(f"{path} is not a model folder: it has no config.json")
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or str(path)[:1] in (".", "~")):
+        raise UsageError(f"{path}: no such folder")  # asking the hub, with its retries, would take half a minute
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

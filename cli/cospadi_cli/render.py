@@ -124,15 +124,18 @@ def size(n_bytes: float) -> str:
 def show_report(report: dict[str, Any], out: Path) -> None:
     """Show the outcome of a compression: sizes, perplexities, worst layers, samples and how to load it."""
     screen, totals, evaluation = console(), report["totals"], report["evaluation"]
-    table = _table(f"{report['model']} -> {out}", "", "before", "after", "change")
+    table = _table("", "before", "after", "change")
     for label, key in (("compressed layers", "layer"), ("whole model", "model")):
         before, after = totals[f"{key}_dense_bytes"], totals[f"{key}_bytes"]
         table.add_row(label, size(before), size(after), f"-{1 - after / before:.1%}" if after <= before else "grew")
     paper = f"-{totals['ratio_paper_convention']:.1%}"
-    table.add_row("  by the paper's convention, mask not counted", "", "", paper, style="dim")
+    table.add_row("  by the paper's count", "", "", paper, style="dim")
     if evaluation is not None:
         _add_measurements(table, evaluation)
-    screen.print(table)
+    _print(screen, f"{report['model']} -> {out}", table)
+    screen.print("The paper's count (arXiv 2509.22075) leaves the mask out.", style="dim")
+    if evaluation is not None:
+        _show_protocol(screen, evaluation)
     _show_worst(screen, report["groups"])
     for layer in report["kept_dense"][:5]:
         screen.print(f"kept dense: {layer['name']} ({layer['reason']})", markup=False)
@@ -151,17 +154,17 @@ def show_measurements(path: str, evaluation: dict[str, Any]) -> None:
     """Show what ``eval`` found, beside the baseline if there is one."""
     screen = console()
     columns = ("baseline", "model", "change") if evaluation["baseline"] else ("value",)
-    table = _table(path, "", *columns)
+    table = _table("", *columns)
     _add_measurements(table, evaluation)
-    screen.print(table)
-    screen.print(f"Text: {evaluation['text']}. {evaluation['definition']}.", style="dim", markup=False)
+    _print(screen, path, table)
+    _show_protocol(screen, evaluation)
 
 
 def show_inspection(path: str, inspection: dict[str, Any]) -> None:
     """Show the groups of a checkpoint."""
     screen, rows, totals = console(), inspection["groups"], inspection["totals"]
     names = ("layer", "in", "out", "atoms", "non-zero", "error", "bytes", "removed")
-    table = _table(path, *names)
+    table = _table(*names)
     for row in rows:
         removed = f"{1 - row['bytes'] / row['dense_bytes']:.1%}"
         shape = (str(row["in_features"]), "", str(row["n_atoms"]), str(row["n_nonzero"]))
@@ -179,7 +182,7 @@ def show_inspection(path: str, inspection: dict[str, Any]) -> None:
                 "",
             )
             table.add_row(f"  {member['name']}", *cells, style="dim")
-    screen.print(table)
+    _print(screen, path, table)
     before, after = totals["layer_dense_bytes"], totals["layer_bytes"]
     screen.print(
         f"{totals['n_layers']} layers in {totals['n_groups']} groups: {size(after)} of {size(before)} "
@@ -191,21 +194,25 @@ def show_inspection(path: str, inspection: dict[str, Any]) -> None:
 def show_availability(title: str, rows: list[dict[str, Any]]) -> None:
     """Show the members of a registry and whether each can run here."""
     screen = console()
-    table = _table(title, "name", "here", "description", right=False)
+    table = _table("name", "here", "description", right=False)
     for row in rows:
         here = Text("yes", style="green") if row["available"] else Text("no", style="red")
         text = row["description"] if row["available"] else f"{row['description']} Not here: {row['reason']}"
         table.add_row(row["name"], here, Text(text))
-    screen.print(table)
+    _print(screen, title, table)
 
 
-def _table(title: str, *columns: str, right: bool = True) -> Table:
-    table = Table(
-        title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2)
-    )
+def _table(*columns: str, right: bool = True) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2))
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if right and index else "left", overflow="fold")
     return table
+
+
+def _print(screen: Console, title: str, table: Table) -> None:
+    """Print a table under its title, which as a part of it would wrap at the table's width."""
+    screen.print(Text(title, style="bold"))
+    screen.print(table)
 
 
 def _add_measurements(table: Table, evaluation: dict[str, Any]) -> None:
@@ -218,13 +225,11 @@ def _add_measurements(table: Table, evaluation: dict[str, Any]) -> None:
         table.add_row(label, *cells, *([change] if baseline is not None else []))
 
     ratio = evaluation["perplexity_ratio"]
-    window, n = model["perplexity"]["window"], model["perplexity"]["n_tokens"]
     factor = f"x{ratio:.3f}" if ratio is not None else ""
-    add(f"token perplexity ({n} tokens, windows of {window})", "perplexity", "token", ".2f", factor)
+    add("token perplexity", "perplexity", "token", ".2f", factor)
     add("word perplexity", "perplexity", "word", ".2f", "")
     if model["choices"] is not None:
-        n = model["choices"]["n_questions"]
-        add(f"multiple choice, accuracy ({n} questions)", "choices", "accuracy", ".1%", "")
+        add("multiple choice, accuracy", "choices", "accuracy", ".1%", "")
         add("  normalised by length", "choices", "accuracy_normalized", ".1%", "")
         add("  by guessing", "choices", "chance", ".1%", "")
 
@@ -233,17 +238,28 @@ def _show_worst(screen: Console, rows: list[dict[str, Any]], count: int = 5) -> 
     members = [member for row in rows for member in row["members"] if member["relative_error"] is not None]
     worst = sorted(members, key=lambda member: -member["relative_error"])[:count]
     if worst:
-        table = _table("Worst layers (relative error of the outputs on the calibration text)", "layer", "error")
+        table = _table("layer", "error")
         for member in worst:
             table.add_row(member["name"], _error(member["relative_error"]))
-        screen.print(table)
+        _print(screen, "\nWorst layers (relative error of the outputs on the calibration text)", table)
+
+
+def _show_protocol(screen: Console, evaluation: dict[str, Any]) -> None:
+    measured = evaluation["compressed"]
+    perplexity, choices = measured["perplexity"], measured["choices"]
+    questions = f"; {choices['n_questions']} questions" if choices is not None else ""
+    what = f"{perplexity['n_tokens']} tokens in windows of {perplexity['window']}, in {measured['dtype']}{questions}"
+    screen.print(f"Text: {evaluation['text']}; {what}.", style="dim", markup=False)
+    screen.print(f"Perplexity, {evaluation['definition']}.", style="dim", markup=False)
 
 
 def _show_samples(screen: Console, evaluation: dict[str, Any]) -> None:
     screen.print(f"\nContinuing {evaluation['prompt']!r}:", markup=False)
     for label, one in (("before", evaluation["baseline"]), ("after", evaluation["compressed"])):
         if one is not None and one["sample"] is not None:
-            screen.print(f"  {label:>6}: {' '.join(one['sample'].split())}", markup=False)
+            # A damaged model may write control characters, which a terminal would obey.
+            sample = "".join(c if c.isprintable() else "?" for c in " ".join(one["sample"].split()))
+            screen.print(f"  {label:>6}: {sample}", markup=False)
 
 
 def _error(value: float | None) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cospadi.backends.base import Backend, Placement
 from cospadi.factorization import GroupSpec
@@ -77,7 +77,7 @@ class Group:
 
     def __init__(self, spec: GroupSpec) -> None:
         self.spec = spec
-        self.owner: nn.Module | None = None
+        self.owner: Any = None
         self.forget()
 
     def forget(self) -> None:
@@ -87,8 +87,7 @@ class Group:
 
     def dictionary(self, backend: Backend, placement: Placement) -> Any:
         """Give the dictionary as the backend prepares it; one per device is kept."""
-        assert self.owner is not None
-        sources = (self.owner.get_parameter("dictionary"),)
+        sources = (self.owner.dictionary,)
         prepared = self._prepared.get(placement.device)
         if prepared is None or not prepared.fits(backend.name, placement, sources):
             prepared = prepare(backend.prepare_dictionary, sources[0], backend.name, placement, sources)

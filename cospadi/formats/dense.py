@@ -55,5 +55,5 @@ class Dense(Format):
         return self._read(packed).T
 
     def _read(self, packed: PackedCoefficients) -> Tensor:
-        shape = (packed.out_features, packed.n_atoms)
-        return read_values(*tensors_of(packed, "values"), shape, packed.value_dtype)
+        (values,) = tensors_of(packed, "values")
+        return read_values(values, (packed.out_features, packed.n_atoms), packed.value_dtype)

@@ -44,7 +44,7 @@ def pack_group(
     """
     codec = FORMATS.create(format)
     tensors: dict[str, Tensor] = {}
-    members = []
+    members: list[MemberSpec] = []
     for name, coefficients in factorization.coefficients.items():
         if not members:
             key = f"{name}.dictionary"

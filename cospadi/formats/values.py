@@ -153,14 +153,8 @@ def _unpack14(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
     words[:, :7] = seven.reshape(-1, 7)
     word = words.view(torch.int64)
     codes = torch.cat([word >> shift & _CODE for shift in (0, 14, 28, 42)], dim=1).reshape(-1)
-    if bool(codes[count:].any()) or _tail_is_set(stored, count):
+    if bool(codes[count:].any()):
         raise CheckpointError("values: padding bits beyond the last value are set")
     if bool((codes & _EXPONENT == _EXPONENT).any()):
         raise CheckpointError("values: NaN or infinity")
     return (codes[:count] << 2).to(torch.int16).view(torch.bfloat16).reshape(shape)
-
-
-def _tail_is_set(stored: Tensor, count: int) -> bool:
-    """Tell whether the bits of the last byte beyond the last value are set."""
-    used = count * VALUE_BITS["bfloat14"] % 8
-    return used != 0 and bool(stored[-1] >> used)

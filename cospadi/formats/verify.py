@@ -99,6 +99,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors, ranges = {}, []
     for name, entry in header.items():
         tensors[name], begin, end = _read_entry(path, name, entry)
+        if end > size - 8 - length:
+            raise CheckpointError(f"{path}: tensor {name}: ends at byte {end} of {size - 8 - length} bytes of data")
         ranges.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(ranges):

@@ -34,7 +34,7 @@ class CospadiConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **description: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the enum of transformers has only its own
         self.checkpoint = CheckpointConfig.from_dict({"quant_method": QUANT_METHOD, **description})
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Dictionary solvers: one whitened target in, a dictionary and sparse coefficients out."""

@@ -7,9 +7,9 @@ its method can.  Learners such as K-SVD and MOD take any coder.
 import abc
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-
 from array_api_compat import device
 
 from cospadi.arrays import Array, convert, library_of, namespace, on_cpu
@@ -65,6 +65,13 @@ class Coder(abc.ABC):
             In the library, device and dtype of the target.
         """
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Let the options of a learner be checked: a coder is taken as it is, never built from a mapping."""
+        from pydantic_core import core_schema
+
+        return core_schema.is_instance_schema(cls)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOMP(Coder):
@@ -77,8 +84,8 @@ class BatchOMP(Coder):
         c = alpha_i / pivot,   alpha <- alpha - c p,
 
     and the coefficients follow from one back-substitution with the triangle of the (r, pivot): cheaper than Batch-OMP's
-    own recursion, which solves two triangular systems in each step.  Ties go to the lowest atom, and the result does not
-    depend on the number of threads.
+    own recursion, which solves two triangular systems in each step.  Ties go to the lowest atom, and the result does
+    not depend on the number of threads.
 
     Arrays on the CPU take a compiled loop over the columns that stays in the cache; others go through all columns of a
     batch in lockstep.
@@ -108,13 +115,16 @@ class BatchOMP(Coder):
         if self.compiled and has_kernels(target):
             from cospadi.solvers.kernels import pursue
 
-            arrays = (np.ascontiguousarray(convert(array, "numpy")) for array in (gram, starts))
-            rows, dependent = pursue(*arrays, n_nonzero, *limits)
+            gram, starts = (np.ascontiguousarray(convert(array, "numpy")) for array in (gram, starts))
+            rows, dependent = pursue(gram, starts, n_nonzero, *limits)
             return Coding(convert(rows, library_of(target)).T, int(dependent.sum()))
         n_columns, n_atoms = starts.shape
         per_column = max(1, n_nonzero * (n_atoms + n_nonzero) * (8 if target.dtype == xp.float64 else 4))
-        batch = max(1, self.memory_mib * 2**20 // per_column)
-        parts = [_lockstep(gram, starts[at : at + batch, :], n_nonzero, *limits) for at in range(0, n_columns, batch)]
+        batch = min(n_columns, max(1, self.memory_mib * 2**20 // per_column))
+        parts = [
+            _lockstep(gram, starts[at : min(at + batch, n_columns), :], n_nonzero, *limits)
+            for at in range(0, n_columns, batch)
+        ]
         return Coding(xp.concat([part for part, _ in parts], axis=0).T, sum(int(xp.sum(count)) for _, count in parts))
 
 
@@ -219,7 +229,9 @@ class SklearnOMP(Coder):
                 coded = orthogonal_mp_gram(A.T @ A, A.T @ Y, n_nonzero_coefs=n_nonzero)
             dependent = len(caught)
             coefficients = coded.reshape(coefficients.shape)
-        return Coding(convert(coefficients.astype(np.dtype(str(target.dtype).split(".")[-1])), library_of(target)), dependent)
+        return Coding(
+            convert(coefficients.astype(np.dtype(str(target.dtype).split(".")[-1])), library_of(target)), dependent
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,22 @@
 from dataclasses import dataclass
 from typing import Literal, final
 
+import numpy as np
+from array_api_compat import device
+
 from cospadi.arrays import Array, namespace
 from cospadi.errors import UsageError
 from cospadi.solvers.base import Solution, Solver, Status
+from cospadi.solvers.coders import BatchOMP
 from cospadi.solvers.orthogonal import alternate
-from cospadi.solvers.updates import hard_threshold, least_squares_dictionary, spectral_start, squared_columns, unit_columns
+from cospadi.solvers.updates import (
+    hard_threshold,
+    leading_left_singular_vectors,
+    least_squares_dictionary,
+    spectral_start,
+    squared_columns,
+    unit_columns,
+)
 
 START_ALTERNATIONS = 5
 
@@ -29,8 +40,8 @@ class HTP(Solver):
     cg_steps, final_cg_steps : int
         Conjugate gradient steps in each iteration and at the end.
     start : {"single-step", "orthogonal"}
-        First support: from singular directions, or from five alternations with an orthonormal dictionary (where there
-        are not more atoms than dimensions).
+        First support: from singular directions, or from five alternations with an orthonormal dictionary.  More atoms
+        than dimensions start from matching pursuit instead (see ``overcomplete_start``).
     """
 
     n_iter: int = 15
@@ -51,8 +62,10 @@ class HTP(Solver):
         Y = target
         if self.start == "orthogonal" and n_atoms <= Y.shape[0]:
             A, S = alternate(Y, n_atoms, n_nonzero, START_ALTERNATIONS)
-        else:
+        elif n_atoms <= Y.shape[0]:
             A, S = spectral_start(Y, n_atoms, n_nonzero)
+        else:
+            A, S = overcomplete_start(Y, n_atoms, n_nonzero, seed)
         best, best_error = (A, S), float("inf")
         for iteration in range(self.n_iter + 1):
             A, sizes = unit_columns(least_squares_dictionary(Y, S, A))
@@ -71,6 +84,27 @@ class HTP(Solver):
         G = A.T @ A
         S = conjugate_gradients(G, A.T @ Y - G @ S, S, self.final_cg_steps)
         return Solution(A, S, Status.MAX_ITERATIONS, {"iterations": self.n_iter})
+
+
+def overcomplete_start(Y: Array, n_atoms: int, n_nonzero: int, seed: int) -> tuple[Array, Array]:
+    """Give singular directions completed by random ones in the range of Y, and coefficients by matching pursuit.
+
+    With more atoms than dimensions the largest correlations are a poor code, and columns of Y poor extra atoms.
+
+    Returns
+    -------
+    A : array, shape (in_features, n_atoms)
+    S : array, shape (n_atoms, n_columns)
+    """
+    xp = namespace(Y)
+    d = Y.shape[0]
+    U = leading_left_singular_vectors(Y, d)
+    sizes = xp.sum((U.T @ Y) ** 2, axis=1)
+    inside = xp.astype(sizes > (64 * xp.finfo(Y.dtype).eps) ** 2 * xp.max(sizes), Y.dtype)
+    noise = np.random.default_rng(seed).standard_normal((d, n_atoms - d))
+    noise = xp.asarray(noise, dtype=Y.dtype, device=device(Y))
+    A = xp.concat([U, unit_columns(U @ (inside[:, None] * (U.T @ noise)))[0]], axis=1)
+    return A, BatchOMP().encode(A, Y, n_nonzero).coefficients
 
 
 def conjugate_gradients(G: Array, C: Array, S: Array, steps: int) -> Array:

@@ -60,7 +60,9 @@ def _subtract_rows(row, rows, factors, count, width):
 
 
 @njit(fastmath=_FAST, cache=True)
-def _pursue(gram, start, n_nonzero, pivot_floor, noise, rows, triangle, row, alpha, atoms, maxima, solution, coefficients):
+def _pursue(
+    gram, start, n_nonzero, pivot_floor, noise, rows, triangle, row, alpha, atoms, maxima, solution, coefficients
+):
     """Code one column; give whether a dependent atom ended it early.  The last seven arrays are work space."""
     n_atoms = gram.shape[0]
     for t in range(n_atoms):
@@ -69,7 +71,6 @@ def _pursue(gram, start, n_nonzero, pivot_floor, noise, rows, triangle, row, alp
     floor = -noise
     count = 0
     dependent = False
-    chosen = n_atoms
     for j in range(n_nonzero):
         width = n_atoms - j
         position, largest = _select(alpha, atoms, width, maxima)
@@ -81,10 +82,10 @@ def _pursue(gram, start, n_nonzero, pivot_floor, noise, rows, triangle, row, alp
         factors = triangle[j]
         last = width - 1
         energy = gram[atom, atom]
-        for l in range(j):
-            f = rows[l, position]
-            rows[l, position] = rows[l, last]  # used atoms leave the rows, which saves a third of the work
-            factors[l] = f
+        for m in range(j):
+            f = rows[m, position]
+            rows[m, position] = rows[m, last]  # used atoms leave the rows, which saves a third of the work
+            factors[m] = f
             energy -= f * f
         if energy <= pivot_floor:
             dependent = True
@@ -115,8 +116,8 @@ def _pursue(gram, start, n_nonzero, pivot_floor, noise, rows, triangle, row, alp
         factors = triangle[j]
         x = solution[j] / factors[j]
         coefficients[atoms[n_atoms - 1 - j]] = x
-        for l in range(j):
-            solution[l] -= x * factors[l]
+        for m in range(j):
+            solution[m] -= x * factors[m]
     return dependent
 
 
@@ -185,7 +186,7 @@ def pursue(
 
 @njit(fastmath=_FAST, cache=True)
 def _project_rows(residual, support, old, atom, coefficients, overlap, total):
-    """Over the given rows: sum into ``total`` v_j (r_j + s_j a) with v_j = <r_j + s_j a, u>, a the old and u the new atom."""
+    """Sum into ``total``, over the given rows, v_j (r_j + s_j a) with v_j = <r_j + s_j a, u>; a is the old atom."""
     d = atom.shape[0]
     along_old = overlap * 0
     for t in range(d):

@@ -12,7 +12,7 @@ from cospadi.solvers.updates import leading_left_singular_vectors
 @final
 @dataclass(frozen=True, kw_only=True)
 class SVD(Solver):
-    """min ||Y - A S||^2 over dense A and S of rank ``n_atoms``: A = U, S = U^T Y = diag(sigma) V^T (SVD-LLM, 2403.07378).
+    """min ||Y - A S||^2 of rank ``n_atoms``: A = U, S = U^T Y = diag(sigma) V^T (SVD-LLM, arXiv 2403.07378).
 
     The best factorisation without sparsity (Eckart, Young 1936).
     """

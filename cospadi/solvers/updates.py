@@ -6,7 +6,6 @@ of the target: every threshold is relative.
 """
 
 import numpy as np
-
 from array_api_compat import device
 
 from cospadi.arrays import Array, library_of, namespace
@@ -47,21 +46,21 @@ def hard_threshold(V: Array, n_nonzero: int) -> Array:
     place = n_rows - n_nonzero
     if library_of(V) == "numpy":
         rows = np.ascontiguousarray(magnitudes.T)
-        rows.partition(place, axis=1)  # four times faster than along the columns, and ten times faster than a sort
+        rows.partition(place, axis=1)
         smallest_kept = rows[:, place]
     else:
         smallest_kept = xp.sort(magnitudes, axis=0)[place, :]
     keep = magnitudes >= smallest_kept[None, :]
-    if int(xp.sum(xp.astype(keep, xp.int64))) > n_nonzero * V.shape[1]:
+    if int(xp.count_nonzero(keep)) > n_nonzero * V.shape[1]:
         above = magnitudes > smallest_kept[None, :]
         equal = keep & ~above
-        room = n_nonzero - xp.sum(xp.astype(above, xp.int64), axis=0)
+        room = n_nonzero - xp.count_nonzero(above, axis=0)
         keep = above | (equal & (xp.cumulative_sum(xp.astype(equal, xp.int64), axis=0) <= room[None, :]))
-    return xp.where(keep, V, xp.zeros_like(V))
+    return V * xp.astype(keep, V.dtype)  # several times faster than a choice by ``where``
 
 
 def leading_left_singular_vectors(Y: Array, n_vectors: int) -> Array:
-    """Give orthonormal directions in the order of falling energy: min ||Y - U U^T Y|| over U with ``n_vectors`` columns.
+    """Give the ``n_vectors`` orthonormal directions of most energy: min ||Y - U U^T Y||, in falling order.
 
     From the eigenvectors of the smaller Gram of Y in float64, in which squaring costs no digit that float32 has.
 
@@ -144,10 +143,11 @@ def least_squares_dictionary(Y: Array, S: Array, previous: Array) -> Array:
     used = energies > 0
     sizes = xp.sqrt(xp.where(used, energies, xp.ones_like(energies)))
     gram = gram / (sizes[:, None] * sizes[None, :])
-    ridge = 64 * xp.finfo(Y.dtype).eps
+    # The diagonal is one, or zero for unused atoms, whose equations become x = 0.
     identity = xp.eye(S.shape[0], dtype=Y.dtype, device=device(S))
+    ridge = xp.where(used, 0.0 * sizes, xp.ones_like(sizes)) + 64 * float(xp.finfo(Y.dtype).eps)
     right = (S @ Y.T) / sizes[:, None]
-    solved = xp.linalg.solve(gram + xp.where(used, ridge, 1.0 + ridge) * identity, right) / sizes[:, None]
+    solved = xp.linalg.solve(gram + ridge * identity, right) / sizes[:, None]
     return xp.where(used[None, :], solved.T, previous)
 
 

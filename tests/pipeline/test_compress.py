@@ -50,7 +50,7 @@ def test_every_architecture_compresses_reloads_and_matches(architecture, groups,
     modules = dict(dense.named_modules())
     for name, module in compressed.items():
         with torch.no_grad():
-            weight_matrix(modules[name]).copy_(module.to_dense())
+            weight_matrix(modules[name]).copy_(module.to_dense().T)
     torch.testing.assert_close(outputs(loaded, windows), outputs(dense, windows), rtol=2e-2, atol=2e-3)
     # ... and every other tensor is what it was.
     kept = {k: v for k, v in loaded.state_dict().items() if k.rpartition(".")[0] not in compressed}
@@ -77,7 +77,7 @@ def test_the_reported_error_is_the_error_of_the_layers_outputs(groups, tmp_path)
         for member in row["members"]:
             x = inputs[member["name"]].double()
             exact = x @ weight_matrix(modules[member["name"]]).double()
-            error = x @ small[member["name"]].to_dense().double() - exact
+            error = x @ small[member["name"]].to_dense().T.double() - exact
             assert member["relative_error"] == pytest.approx(float(error.norm() / exact.norm()), rel=1e-4)
 
 

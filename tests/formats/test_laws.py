@@ -1,0 +1,249 @@
+"""What every storage format must obey, for every value dtype it offers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cospadi.errors import CheckpointError, NumericalError, UsageError
+from cospadi.factorization import GroupSpec, SparseFactorization
+from cospadi.formats.base import FORMATS, VALUE_BITS, PackedCoefficients
+from cospadi.formats.bitmask import count_bits, pack_bits, unpack_bits
+from cospadi.formats.packing import group_bits, pack_group, unpack_group
+from cospadi.formats.values import HOLDING_DTYPES
+
+CASES = [(f, v) for f in ("bitmask", "csr", "dense") for v in VALUE_BITS if (f, v) != ("csr", "bfloat14")]
+PROFILE = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def coefficients(draw):
+    """S with any number of non-zeros per column: none, all, ragged; magnitudes over many orders."""
+    n_atoms, out_features = draw(st.integers(1, 37)), draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    matrix = torch.randn(n_atoms, out_features, generator=generator)
+    matrix *= 10.0 ** torch.randint(-8, 4, matrix.shape, generator=generator)
+    density = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    matrix[torch.rand(matrix.shape, generator=generator) >= density] = 0
+    if draw(st.booleans()):
+        matrix[:, draw(st.integers(0, out_features - 1))] = 0
+    return matrix
+
+
+def nearest_even(matrix, value_dtype):
+    """Round one by one: of the two neighbours in the dtype the nearer, of two equally near the even one."""
+    if value_dtype != "bfloat14":
+        return matrix.to(HOLDING_DTYPES[value_dtype])
+    rounded = []
+    for value in matrix.reshape(-1).tolist():
+        code = int(torch.tensor(value).view(torch.int32)) & 0xFFFFFFFF
+        candidates = [code >> 18 << 18, ((code >> 18) + 1) << 18]
+        numbers = [
+            float(torch.tensor(c - (1 << 32) if c >> 31 else c, dtype=torch.int32).view(torch.float32))
+            for c in candidates
+        ]
+        rounded.append(min(zip(numbers, candidates, strict=True), key=lambda p: (abs(p[0] - value), p[1] >> 18 & 1))[0])
+    return torch.tensor(rounded).reshape(matrix.shape).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("name", "value_dtype"), CASES)
+@given(matrix=coefficients())
+@PROFILE
+def test_unpack_of_pack_is_the_rounded_matrix(name, value_dtype, matrix):
+    before = matrix.clone()
+    codec = FORMATS.create(name)
+    packed = codec.pack(matrix, value_dtype)
+    codec.check(packed)
+    assert torch.equal(matrix, before)
+    unpacked = codec.unpack(packed)
+    assert unpacked.dtype == HOLDING_DTYPES[value_dtype]
+    assert torch.equal(unpacked, nearest_even(matrix, value_dtype))
+
+
+@pytest.mark.parametrize(("name", "value_dtype"), CASES)
+@given(matrix=coefficients())
+@PROFILE
+def test_packing_again_gives_the_same_tensors_of_the_promised_layout(name, value_dtype, matrix):
+    codec = FORMATS.create(name)
+    packed = codec.pack(matrix, value_dtype)
+    again = codec.pack(codec.unpack(packed), value_dtype)
+    n_stored = int((codec.unpack(packed) != 0).sum()) if name != "dense" else matrix.numel()
+    layout = codec.layout(*matrix.shape, n_stored, value_dtype)
+    assert {k: (tuple(t.shape), t.dtype) for k, t in packed.tensors.items()} == layout
+    for key, tensor in packed.tensors.items():
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), again.tensors[key].reshape(-1).view(torch.uint8))
+    bits = codec.bits(*matrix.shape, n_stored, value_dtype)
+    stored = 8 * sum(t.nbytes for t in packed.tensors.values())
+    assert 0 <= stored - bits < 8 * len(packed.tensors)
+
+
+@pytest.mark.parametrize(("name", "value_dtype"), CASES)
+def test_an_absurd_layout_takes_no_memory(name, value_dtype):
+    layout = FORMATS.create(name).layout(2**20, 2**30, 2**40, value_dtype)
+    tensors = {k: torch.empty(shape, dtype=dtype, device="meta") for k, (shape, dtype) in layout.items()}
+    assert sum(t.numel() for t in tensors.values()) > 2**40
+
+
+@pytest.mark.parametrize(("name", "value_dtype"), CASES)
+def test_count_stored_is_what_is_stored(name, value_dtype):
+    matrix = torch.zeros(40, 6)
+    matrix[:7] = 1
+    packed = FORMATS.create(name).pack(matrix, value_dtype)
+    count = FORMATS.create(name).count_stored(40, 6, 7)
+    assert packed.tensors["values"].shape == FORMATS.create(name).layout(40, 6, count, value_dtype)["values"][0]
+
+
+@pytest.mark.parametrize(("name", "value_dtype"), CASES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(name, value_dtype, bad):
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        FORMATS.create(name).pack(torch.tensor([[1.0, bad]]), value_dtype)
+
+
+@pytest.mark.parametrize(("value_dtype", "large"), [("float16", 7e4), ("bfloat16", 3.4e38), ("bfloat14", 3.38e38)])
+def test_overflow_is_refused_not_stored(value_dtype, large):
+    for sign in (1, -1):
+        with pytest.raises(NumericalError, match="overflows"):
+            FORMATS.create("bitmask").pack(torch.tensor([[sign * large]]), value_dtype)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_fourteen_bits_round_ties_to_even_and_keep_tiny_numbers(sign):
+    step = 2.0**-5
+    given = [1 + step / 2, 1 + 1.5 * step, 1 + 0.51 * step, 1 + 0.49 * step, 2 - step / 2, 2.0**-131, 2.0**-132]
+    stored = [1, 1 + 2 * step, 1 + step, 1, 2, 2.0**-131, 0]
+    codec = FORMATS.create("dense")
+    unpacked = codec.unpack(codec.pack(sign * torch.tensor([given]), "bfloat14"))
+    assert (sign * unpacked[0]).tolist() == stored
+
+
+def test_an_entry_that_rounds_to_zero_is_not_stored():
+    packed = FORMATS.create("bitmask").pack(torch.tensor([[1e-9], [1.0]]), "float16")
+    assert packed.tensors["values"].tolist() == [1.0]
+    assert packed.tensors["mask"].tolist() == [[2]]
+
+
+def test_csr_says_that_it_stores_no_14_bit_values():
+    with pytest.raises(UsageError, match="'csr' does not store 'bfloat14'"):
+        FORMATS.create("csr").pack(torch.ones(2, 2), "bfloat14")
+
+
+def test_csr_chooses_the_index_by_the_number_of_atoms():
+    layouts = [FORMATS.create("csr").layout(n, 3, 5, "float32")["columns"][1] for n in (32767, 32768)]
+    assert layouts == [torch.int16, torch.int32]
+    matrix = torch.zeros(40000, 1)
+    matrix[[0, 39999]] = 1
+    codec = FORMATS.create("csr")
+    assert torch.equal(codec.unpack(codec.pack(matrix, "float32")), matrix)
+
+
+@given(rows=st.integers(0, 5), n=st.integers(1, 70), seed=st.integers(0, 2**31))
+@PROFILE
+def test_bits_survive_packing_and_are_counted(rows, n, seed):
+    support = torch.rand(rows, n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask = pack_bits(support)
+    assert torch.equal(unpack_bits(mask, n), support)
+    assert torch.equal(count_bits(mask), support.sum(dim=1))
+    assert torch.equal(count_bits(torch.full((1, 3), 255, dtype=torch.uint8)), torch.tensor([24]))
+
+
+GOLDEN = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.5, 3.0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value_dtype", "expected"),
+    [
+        ("bitmask", "bfloat16", {"values": "803f003f00c04040", "mask": "0506"}),
+        ("bitmask", "bfloat14", {"values": "e00ff003004340", "mask": "0506"}),
+        (
+            "csr",
+            "float16",
+            {"values": "003c003800c00042", "columns": "0000020001000200", "row_pointers": "000000000200000004000000"},
+        ),
+        ("dense", "float16", {"values": "003c00000038000000c00042"}),
+    ],
+)
+def test_the_bytes_are_those_of_the_documentation(name, value_dtype, expected):
+    packed = FORMATS.create(name).pack(GOLDEN, value_dtype)
+    assert {k: t.view(torch.uint8).numpy().tobytes().hex() for k, t in packed.tensors.items()} == expected
+
+
+DAMAGE = {
+    "a mask that counts more than the values": ("bitmask", "bfloat16", "mask", lambda t: t | 1),
+    "a mask that counts more 14-bit values": ("bitmask", "bfloat14", "mask", lambda t: t | 1),
+    "padding bits of the mask": (
+        "bitmask",
+        "bfloat16",
+        "mask",
+        lambda t: torch.tensor([[0x84], [0x06]], dtype=t.dtype),
+    ),
+    "padding bits of 14-bit values": ("dense", "bfloat14", "values", lambda t: torch.cat([t[:-1], t[-1:] | 0x80])),
+    "a 14-bit infinity": ("bitmask", "bfloat14", "values", lambda t: torch.full_like(t, 0xFF)),
+    "a mask of another shape": ("bitmask", "bfloat16", "mask", lambda t: t[:1]),
+    "values of another dtype": ("bitmask", "bfloat16", "values", lambda t: t.float()),
+    "values too few": ("csr", "bfloat16", "values", lambda t: t[1:]),
+    "an atom out of range": ("csr", "bfloat16", "columns", lambda t: t + 1),
+    "a negative atom": ("csr", "bfloat16", "columns", lambda t: t - 1),
+    "atoms that descend": ("csr", "bfloat16", "columns", lambda t: t[[1, 0, 2, 3]]),
+    "an atom twice": ("csr", "bfloat16", "columns", lambda t: t[[0, 0, 2, 3]]),
+    "pointers that descend": ("csr", "bfloat16", "row_pointers", lambda t: t * torch.tensor([1, 3, 1], dtype=t.dtype)),
+    "pointers that start late": ("csr", "bfloat16", "row_pointers", lambda t: t.clamp(min=1)),
+    "pointers that stop early": ("csr", "bfloat16", "row_pointers", lambda t: t.clamp(max=3)),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_tensors_that_contradict_each_other_are_refused(what):
+    name, value_dtype, key, change = DAMAGE[what]
+    codec = FORMATS.create(name)
+    packed = codec.pack(GOLDEN, value_dtype)
+    damaged = PackedCoefficients(name, 3, 2, value_dtype, packed.tensors | {key: change(packed.tensors[key])})
+    for method in (codec.check, codec.unpack):
+        with pytest.raises(CheckpointError):
+            method(damaged)
+
+
+def test_a_missing_tensor_is_named():
+    packed = FORMATS.create("bitmask").pack(GOLDEN, "float32")
+    del packed.tensors["mask"]
+    with pytest.raises(CheckpointError, match="mask"):
+        FORMATS.create("bitmask").unpack(packed)
+
+
+@pytest.mark.parametrize(("name", "value_dtype"), CASES)
+def test_a_group_survives_packing(name, value_dtype):
+    generator = torch.Generator().manual_seed(0)
+    sparse = torch.randn(10, 7, generator=generator) * (torch.rand(10, 7, generator=generator) < 0.4)
+    group = SparseFactorization(torch.randn(5, 10, generator=generator), {"a.q": sparse, "a.k": sparse[:, :3]})
+    bias = torch.arange(3.0)
+    spec, tensors = pack_group(group, name, value_dtype, {"a.k": bias}, shared_input=True)
+    assert GroupSpec.from_dict(spec.to_dict()) == spec
+    assert torch.equal(tensors["a.k.bias"], bias)
+    assert "a.k.dictionary" not in tensors
+    held = getattr(torch, spec.dictionary_dtype)
+    assert (tensors["a.q.dictionary"].shape, tensors["a.q.dictionary"].dtype) == ((10, 5), held)
+    back = unpack_group(spec, tensors)
+    assert torch.equal(back.dictionary, group.dictionary.to(held))
+    for member in group.coefficients:
+        assert torch.equal(back.coefficients[member], nearest_even(group.coefficients[member], value_dtype))
+    with pytest.raises(CheckpointError, match=r"a\.q\.dictionary: missing"):
+        unpack_group(spec, {})
+
+
+def test_group_bits_counts_the_packed_tensors():
+    sparse = torch.zeros(16, 12)
+    sparse[:4] = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    group = SparseFactorization(torch.ones(6, 16), {"q": sparse, "k": sparse[:, :8]})
+    for name, value_dtype in CASES:
+        _, tensors = pack_group(group, name, value_dtype, {}, shared_input=False)
+        counted = group_bits(6, 16, [12, 8], 4, name, value_dtype)
+        assert 8 * sum(t.nbytes for t in tensors.values()) == counted
+
+
+def test_a_bad_number_names_its_layer():
+    group = SparseFactorization(torch.ones(2, 3), {"a.q": torch.full((3, 2), float("nan"))})
+    with pytest.raises(NumericalError, match=r"a\.q: the coefficients"):
+        pack_group(group, "bitmask", "bfloat16", {}, shared_input=False)
+    group = SparseFactorization(torch.full((2, 3), 1e9), {"a.q": torch.ones(3, 2)})
+    with pytest.raises(NumericalError, match=r"a\.q\.dictionary"):
+        pack_group(group, "bitmask", "float16", {}, shared_input=False)
