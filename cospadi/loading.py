@@ -11,6 +11,7 @@ from cospadi.backends.base import BACKENDS
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.formats.checkpoint import QUANT_METHOD
 from cospadi.formats.verify import read_json, stays_inside, verify_checkpoint
+from cospadi.models import model_class
 
 _NOT_COPIED = {"config.json", "generation_config.json", "README.md", "report.json", "recipe.yaml"}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".py")
@@ -62,7 +63,7 @@ def load(
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config.quantization_config["backend"] = name
-    model, info = _model_class(config).from_pretrained(
+    model, info = model_class(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype or "auto",
@@ -149,19 +150,6 @@ def require_checkpoint(folder: Path) -> None:
     method = described.get("quant_method") if isinstance(described, dict) else described
     if method != QUANT_METHOD:
         raise UsageError(f"{folder} is a model quantised with {method!r}, not one compressed by cospadi")
-
-
-def _model_class(config: Any) -> Any:
-    import transformers
-
-    names = config.architectures or [None]
-    cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise UsageError(
-            f"architecture {names[0]!r} is not a model of transformers {transformers.__version__}; "
-            "code from a model's folder is never run"
-        )
-    return cls
 
 
 def _companions(folder: Path) -> list[Path]:

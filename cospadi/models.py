@@ -40,6 +40,47 @@ class OpenModel:
         return counts.most_common(1)[0][0]
 
 
+def read_config(name: str | Path) -> Any:
+    """Read the config of a model, from a local folder or the hub.
+
+    Raises
+    ------
+    UsageError
+        There is no such model.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UsageError(f"{name} is not a model folder: it has no config.json")
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or str(name)[:1] in (".", "~")):
+        raise UsageError(f"{name}: no such folder")  # asking the hub, with its retries, would take half a minute
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(
+            f"model {str(name)!r} cannot be loaded: no such folder, and the hub says: {text[:200]}"
+        ) from error
+
+
+def read_tokenizer(name: str | Path) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises
+    ------
+    UsageError
+        The model has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"model {str(name)!r} has no usable tokenizer: {text[:200]}") from error
+
+
 def model_class(config: Any) -> Any:
     """Give the transformers class that a config names.
 
@@ -50,11 +91,11 @@ def model_class(config: Any) -> Any:
     """
     import transformers
 
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
+    names = config.architectures or [None]
+    cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise UsageError(
-            f"architecture {names[0] if names else None!r} is not part of transformers {transformers.__version__}; "
+            f"architecture {names[0]!r} is not a model of transformers {transformers.__version__}; "
             "code from a model's folder is never run"
         )
     return cls
@@ -92,21 +133,8 @@ def open_model(model: Any, device: torch.device, tokenizer: Any = None) -> OpenM
 
 
 def _load(name: str, tokenizer: Any) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"{name} is not a model folder: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise UsageError(f"model {name!r} cannot be loaded: no such folder, and the hub says: {text[:200]}") from error
+    config = read_config(name)
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(f"{name} is already quantised or compressed: give the dense model")
     loaded = model_class(config).from_pretrained(name, dtype="auto", trust_remote_code=False)
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"model {name!r} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
-    return loaded, tokenizer
+    return loaded, tokenizer or read_tokenizer(name)

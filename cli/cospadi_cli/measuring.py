@@ -46,15 +46,15 @@ def protocol(
     from cospadi.calibration.data import token_windows
     from cospadi.errors import UsageError
     from cospadi.evaluation.comparison import Protocol
-    from cospadi.models import model_class
+    from cospadi.models import model_class, read_config, read_tokenizer
 
-    if not model_class(_config(model)).can_generate():
+    if not model_class(read_config(model)).can_generate():
         return None
     if window > n_tokens:
         raise UsageError(
             f"the evaluation's {n_tokens} tokens are fewer than one window of {window}: ask for more tokens"
         )
-    return Protocol(name, token_windows(load_tokenizer(model), text, window, n_tokens // window), prompt, questions)
+    return Protocol(name, token_windows(read_tokenizer(model), text, window, n_tokens // window), prompt, questions)
 
 
 def compare_folders(
@@ -75,9 +75,10 @@ def measure_folder(
 ) -> dict[str, Any]:
     """Load one model, dense or compressed, and measure it."""
     from cospadi.evaluation.comparison import measure
+    from cospadi.models import read_tokenizer
 
     with render.working(label, quiet):
-        return measure(load_model(path, backend, device), load_tokenizer(path), protocol)
+        return measure(load_model(path, backend, device), read_tokenizer(path), protocol)
 
 
 def load_model(path: str | Path, backend: str = "auto", device: str = "auto") -> Any:
@@ -93,9 +94,9 @@ def load_model(path: str | Path, backend: str = "auto", device: str = "auto") ->
     from cospadi.errors import UsageError
     from cospadi.formats.checkpoint import QUANT_METHOD
     from cospadi.loading import load
-    from cospadi.models import model_class, open_model
+    from cospadi.models import model_class, open_model, read_config
 
-    config = _config(path)
+    config = read_config(path)
     if not model_class(config).can_generate():
         raise UsageError(f"{path} is not a causal language model: perplexity and generation need one")
     if device == "auto":
@@ -106,49 +107,3 @@ def load_model(path: str | Path, backend: str = "auto", device: str = "auto") ->
     # CPUs compute bfloat16 slowly, some of them in emulation; on a GPU the stored dtype is the one that is deployed.
     dtype = torch.float32 if device == "cpu" else None
     return load(path, backend=backend, dtype=dtype, device=device)
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """Load the tokenizer of a model.
-
-    Raises
-    ------
-    UsageError
-        The model has none.
-    """
-    from transformers import AutoTokenizer
-
-    from cospadi.errors import UsageError
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"model {str(path)!r} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
-        ) from error
-
-
-def _config(path: str | Path) -> Any:
-    """Read a model's config.
-
-    Raises
-    ------
-    UsageError
-        There is none.
-    """
-    from transformers import AutoConfig
-
-    from cospadi.errors import UsageError
-
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UsageError(f"{path} is not a model folder: it has no config.json")
-    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or str(path)[:1] in (".", "~")):
-        raise UsageError(f"{path}: no such folder")  # asking the hub, with its retries, would take half a minute
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise UsageError(
-            f"model {str(path)!r} cannot be loaded: no such folder, and the hub says: {text[:200]}"
-        ) from error

@@ -134,7 +134,7 @@ def score_choices(model: Any, tokenizer: Any, questions: list[Question]) -> Choi
     return ChoicesResult(n, right / n, right_normalized / n, chance)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def choice_log_probabilities(model: Any, tokenizer: Any, question: Question) -> Tensor:
     """Give the summed log-probability of each choice after the prompt, shape (n_choices,), float64."""
     rows, start = _encode(tokenizer, question)

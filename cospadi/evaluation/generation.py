@@ -7,7 +7,7 @@ import torch
 from cospadi.errors import UsageError
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 40) -> str:
     """Continue a prompt greedily; the same model and prompt give the same text.
 

@@ -54,7 +54,7 @@ class Perplexity:
         return {key: None if value == math.inf else value for key, value in asdict(self).items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def perplexity(model: Any, windows: Tensor, tokenizer: Any = None, batch_size: int = 4) -> Perplexity:
     """Measure the perplexity of a causal language model on windows of tokens.
 

@@ -45,7 +45,7 @@ class HTP(Solver):
     """
 
     n_iter: int = 15
-    cg_steps: int = 4
+    cg_steps: int = 2
     final_cg_steps: int = 10
     start: Literal["single-step", "orthogonal"] = "single-step"
 

@@ -45,9 +45,9 @@ def hard_threshold(V: Array, n_nonzero: int) -> Array:
     magnitudes = xp.abs(V)
     place = n_rows - n_nonzero
     if library_of(V) == "numpy":
-        rows = np.ascontiguousarray(magnitudes.T)
+        rows = np.array(magnitudes.T, order="C")  # always a copy: it is partitioned in place
         rows.partition(place, axis=1)
-        smallest_kept = rows[:, place]
+        smallest_kept = rows[:, place].copy()  # contiguous, for the comparisons that follow
     else:
         smallest_kept = xp.sort(magnitudes, axis=0)[place, :]
     keep = magnitudes >= smallest_kept[None, :]

@@ -32,13 +32,12 @@ def test_writes_a_checkpoint_a_report_and_a_card(compressed):
 
 
 def test_the_evaluation_is_that_of_the_model_that_was_written(compressed):
-    from cospadi_cli.measuring import load_tokenizer
-
     import cospadi
     from cospadi.calibration.data import EMBEDDED_EVALUATION, token_windows
     from cospadi.evaluation.perplexity import perplexity
+    from cospadi.models import read_tokenizer
 
-    windows = token_windows(load_tokenizer(compressed), read_text(None, EMBEDDED_EVALUATION), 32, 2)
+    windows = token_windows(read_tokenizer(compressed), read_text(None, EMBEDDED_EVALUATION), 32, 2)
     measured = perplexity(cospadi.load(compressed, dtype=torch.float32), windows)
     report = json.loads((compressed / "report.json").read_text())
     assert report["evaluation"]["compressed"]["perplexity"]["mean_nll"] == pytest.approx(measured.mean_nll, rel=1e-4)
@@ -139,14 +138,15 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(run, tiny_model, compr
 
 def test_an_encoder_is_compressed_without_perplexity(run, tiny_model, home):
     import transformers as tf
-    from cospadi_cli.measuring import load_tokenizer
+
+    from cospadi.models import read_tokenizer
 
     torch.manual_seed(0)
     config = tf.BertConfig(
         vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
     )
     tf.BertModel(config).save_pretrained(home / "bert")
-    load_tokenizer(tiny_model).save_pretrained(home / "bert")
+    read_tokenizer(tiny_model).save_pretrained(home / "bert")
     result = run(*compress_command("bert", "out"))
     assert result.exit_code == 0, result.output
     assert "not a causal language model" in result.stdout

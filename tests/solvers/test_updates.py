@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cospadi.solvers.updates import (
@@ -23,6 +23,7 @@ LIBRARIES = pytest.mark.parametrize("library", ["numpy", "torch", "strict"])
 @given(
     k=st.integers(1, 12), n=st.integers(1, 9), s=st.integers(0, 12), levels=st.integers(1, 6), seed=st.integers(0, 99)
 )
+@example(k=6, n=1, s=3, levels=3, seed=0)
 def test_the_threshold_keeps_the_largest_and_of_equals_the_first(library, k, n, s, levels, seed):
     V = np.random.default_rng(seed).integers(-levels, levels + 1, (k, n)).astype(np.float64)
     s = min(s, k)
