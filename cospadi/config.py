@@ -52,7 +52,7 @@ class CompressionConfig(_Strict):
         ``honest`` counts every byte that lands on disk against bfloat16; ``paper`` leaves the mask out as
         arXiv 2509.22075 does.
     rho : float
-        Atoms per non-zero of a column, k / s.
+        Atoms per non-zero of a column, k / s; less where k would exceed the layer's input features (honest convention).
     allocation : {"uniform"}
         How the budget is spread over the layers.
     groups : str

@@ -6,20 +6,16 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from cospadi.config import CompressionConfig
-
 TAGS = ["cospadi", "compression", "sparse-dictionary"]
 
 
-def model_card(report: dict[str, Any], config: CompressionConfig) -> str:
+def model_card(report: dict[str, Any]) -> str:
     """Write the README.md of a compressed model.
 
     Parameters
     ----------
     report : dict
         As in report.json.
-    config : CompressionConfig
-        The recipe.
 
     Returns
     -------
@@ -28,7 +24,7 @@ def model_card(report: dict[str, Any], config: CompressionConfig) -> str:
     """
     base = report["model"]
     name = Path(base).name
-    causal = report["evaluation"] is not None
+    causal = report["causal"]
     # A path of the compressing machine is not an id that the hub could link to.
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
     data = ModelCardData(
@@ -47,7 +43,7 @@ def model_card(report: dict[str, Any], config: CompressionConfig) -> str:
         "## What it costs",
         _figures(report),
         "## How it was made",
-        _method(report, config),
+        _method(report),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -110,12 +106,12 @@ def _perplexities(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _method(report: dict[str, Any], config: CompressionConfig) -> str:
-    calibration, totals = report["calibration"], report["totals"]
+def _method(report: dict[str, Any]) -> str:
+    calibration, totals, config = report["calibration"], report["totals"], report["config"]
     members = [member for row in report["groups"] for member in row["members"]]
     worst = max(members, key=lambda member: member["relative_error"])
-    return f"""- cospadi {report["cospadi"]}, solver `{report["solver"]["name"]}`, ratio {config.ratio:g} by the \
-{config.convention} convention, {config.groups} groups, coefficients in {config.value_dtype}
+    return f"""- cospadi {report["cospadi"]}, solver `{report["solver"]["name"]}`, ratio {config["ratio"]:g} by the \
+{config["convention"]} convention, {config["groups"]} groups, coefficients in {config["value_dtype"]}
 - calibration: {calibration["windows"]} windows of {calibration["seq_len"]} tokens, {_public(calibration["source"])} \
 (SHA-256 of the tokens `{calibration["fingerprint"][:16]}...`)
 - relative error of the outputs on that text: {totals["mean_relative_error"]:.4f} on average, \

@@ -25,7 +25,7 @@ class OpenModel:
     dtypes : dict of str to torch.dtype
         The dtype that each parameter and buffer has in the source, by name.
     name : str
-        What the user called it, or the name in its config.
+        The hub id, the folder's own name (not where it lies), or the name in the model's config.
     """
 
     model: Any
@@ -122,8 +122,8 @@ def open_model(model: Any, device: torch.device, tokenizer: Any = None) -> OpenM
         name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         loaded = copy.deepcopy(model)
     else:
-        name = str(model)
-        loaded, tokenizer = _load(name, tokenizer)
+        loaded, tokenizer = _load(str(model), tokenizer)
+        name = Path(model).resolve().name if Path(model).exists() else str(model)
     if getattr(loaded.config, "quantization_config", None) is not None:
         raise UsageError(f"{name} is already quantised or compressed: give the dense model")
     dtypes = {key: tensor.dtype for key, tensor in (*loaded.named_parameters(), *loaded.named_buffers())}

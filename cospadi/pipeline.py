@@ -293,6 +293,7 @@ def _report(plan: Plan, source: OpenModel, windows: Tensor, rows: list[dict[str,
     return {
         "cospadi": versions()["cospadi"],
         "model": source.name,
+        "causal": source.model.can_generate(),
         "config": plan.config.to_dict(),
         "calibration": {
             "source": plan.config.calibration.text or "the public-domain text of the package",

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cospadi.model_card import model_card
 from cospadi.work import write_durably
 
 Report = dict[str, Any]
@@ -82,5 +83,6 @@ def totals(rows: list[dict[str, Any]], other_bytes: int, kept_dense_bytes: int) 
 
 
 def write_report(out: str | Path, report: Report) -> None:
-    """Write OUT/report.json."""
+    """Write OUT/report.json and the model card OUT/README.md, which says the same in prose."""
     write_durably(Path(out) / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_durably(Path(out) / "README.md", model_card(report).encode())

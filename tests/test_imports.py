@@ -15,10 +15,10 @@ LEVELS = [
     ["errors", "registry", "arrays"],
     ["factorization", "config", "layers", "groups", "events"],
     ["calibration", "whitening", "solvers", "formats", "models", "embedded"],
-    ["allocation", "backends", "work"],
+    ["allocation", "backends", "work", "model_card"],
     ["modules", "sharing", "experts", "report", "factorize"],
     ["integrations", "loading", "export"],
-    ["pipeline", "evaluation", "model_card"],
+    ["pipeline", "evaluation"],
 ]
 MAY_IMPORT_TRANSFORMERS = {
     "calibration",

@@ -10,6 +10,8 @@ PERPLEXITY = {"token": 10.0, "word": 30.0, "mean_nll": 2.3, "n_tokens": 62, "n_w
 REPORT = {
     "cospadi": "0.1.0",
     "model": "someone/some-model",
+    "causal": True,
+    "config": CompressionConfig().to_dict(),
     "format": "bitmask",
     "calibration": {"source": "text.txt", "fingerprint": "ab" * 32, "windows": 4, "seq_len": 32},
     "solver": {"name": "htp", "reason": "named in the recipe"},
@@ -40,7 +42,7 @@ REPORT = {
 
 
 def card_of(**changes):
-    return model_card({**copy.deepcopy(REPORT), **changes}, CompressionConfig())
+    return model_card({**copy.deepcopy(REPORT), **changes})
 
 
 def front_of(card):
@@ -88,6 +90,10 @@ def test_works_without_a_baseline(baseline):
 def test_without_an_evaluation_there_is_no_perplexity():
     card = card_of(evaluation=None)
     assert "perplexity" not in card.lower()
+
+
+def test_an_encoder_is_no_text_generator():
+    card = card_of(evaluation=None, causal=False)
     assert "pipeline_tag" not in front_of(card)
     assert "AutoModel.from_pretrained" in card
 

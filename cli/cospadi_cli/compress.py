@@ -89,7 +89,6 @@ def execute(run: Run) -> None:
         As of ``cospadi.pipeline.compress``.
     """
     from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text
-    from cospadi.model_card import model_card
     from cospadi.pipeline import choose_method, write_report
     from cospadi.pipeline import compress as compress_model
     from cospadi.work import WORK, check_output
@@ -111,7 +110,6 @@ def execute(run: Run) -> None:
         if protocol is not None:
             report["evaluation"] = measuring.compare_folders(model, run.out, protocol, run.config, run.quiet)
             write_report(run.out, report)
-        (run.out / "README.md").write_text(model_card(report, run.config), encoding="utf-8")
     except KeyboardInterrupt:
         if (run.out / WORK).is_dir():
             again = run.typed if run.resume else f"{run.typed} --resume"

@@ -1,5 +1,6 @@
 """From the fraction of bytes to remove to the number of atoms and non-zeros of one group."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cospadi.formats.base import VALUE_BITS, Format
@@ -49,7 +50,9 @@ class Budget:
     ratio : float
         Fraction of the dense bits to remove.
     rho : float
-        Atoms per non-zero of a column.
+        Atoms per non-zero of a column.  Where that asks for more atoms than input features, the honest convention stops
+        at as many atoms and spends the rest on non-zeros: on real layers this has a lower error than an over-complete
+        dictionary of the same bytes.
     format : Format
         Counts the bits of the coefficients.
     value_dtype : str
@@ -83,26 +86,27 @@ class Budget:
         width = sum(shape.out_features)
         if self.convention == "paper":
             per_atom = shape.in_features + width / (self.rho if self.sparse else 1)
-            n_atoms = min(int((1 - self.ratio) * shape.in_features * width / per_atom), self._most_atoms(shape))
+            n_atoms = min(int((1 - self.ratio) * shape.in_features * width / per_atom), width)
+            n_nonzero = self._nonzero(n_atoms)
         else:
             allowed = (1 - self.ratio) * shape.dense_bits
-            low, high = 0, self._most_atoms(shape)
-            while low < high:  # bits grow with the atoms: the largest number that still fits
-                middle = (low + high + 1) // 2
-                if self.bits(shape, middle, self._nonzero(middle)) <= allowed:
-                    low = middle
-                else:
-                    high = middle - 1
-            n_atoms = low
+            most = min(shape.in_features, width)
+            n_atoms = _largest(0, most, lambda k: self.bits(shape, k, self._nonzero(k)) <= allowed)
+            n_nonzero = self._nonzero(n_atoms)
+            if self.sparse and n_atoms == shape.in_features:
+                n_nonzero = _largest(n_nonzero, n_atoms, lambda s: self.bits(shape, n_atoms, s) <= allowed)
         if n_atoms < 1:
             return None
-        bits = self.bits(shape, n_atoms, self._nonzero(n_atoms))
-        return Size(n_atoms, self._nonzero(n_atoms), bits) if bits < shape.dense_bits else None
+        bits = self.bits(shape, n_atoms, n_nonzero)
+        return Size(n_atoms, n_nonzero, bits) if bits < shape.dense_bits else None
 
     def _nonzero(self, n_atoms: int) -> int:
         return max(1, int(n_atoms / self.rho)) if self.sparse else n_atoms
 
-    def _most_atoms(self, shape: GroupShape) -> int:
-        # With as many atoms as columns (or, when dense, as the rank) the factorisation is exact: more are of no use.
-        width = sum(shape.out_features)
-        return width if self.sparse else min(shape.in_features, width)
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """Give the largest number in [low, high] that fits, by bisection; ``low`` is taken to fit."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

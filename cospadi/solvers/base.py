@@ -60,7 +60,9 @@ class Problem:
         if self.n_atoms < 1 or not 0 <= self.n_nonzero <= self.n_atoms:
             raise UsageError(f"n_atoms={self.n_atoms}, n_nonzero={self.n_nonzero}: expected 0 <= n_nonzero <= n_atoms")
         if self.column_weights is not None and tuple(self.column_weights.shape) != shape[1:]:
-            raise UsageError(f"column_weights of shape {tuple(self.column_weights.shape)} for a target of shape {shape}")
+            raise UsageError(
+                f"column_weights of shape {tuple(self.column_weights.shape)} for a target of shape {shape}"
+            )
 
 
 @dataclass(frozen=True)

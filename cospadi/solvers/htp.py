@@ -47,7 +47,7 @@ class HTP(Solver):
     n_iter: int = 15
     cg_steps: int = 2
     final_cg_steps: int = 10
-    start: Literal["single-step", "orthogonal"] = "single-step"
+    start: Literal["single-step", "orthogonal"] = "orthogonal"
 
     def __post_init__(self) -> None:
         if min(self.n_iter, self.cg_steps, self.final_cg_steps) < 0:

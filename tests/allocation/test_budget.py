@@ -26,9 +26,14 @@ def test_the_largest_dictionary_within_the_honest_budget(shape, ratio, rho, name
         assert one.bits(shape, 1, max(1, int(1 / rho))) > allowed
         return
     assert size.bits == one.bits(shape, size.n_atoms, size.n_nonzero) <= allowed
-    assert size.n_nonzero == max(1, int(size.n_atoms / rho))
-    more = size.n_atoms + 1
-    assert more > sum(shape.out_features) or one.bits(shape, more, max(1, int(more / rho))) > allowed
+    most = min(shape.in_features, sum(shape.out_features))
+    if size.n_atoms < shape.in_features:
+        assert size.n_nonzero == max(1, int(size.n_atoms / rho))
+        more = size.n_atoms + 1
+        assert more > most or one.bits(shape, more, max(1, int(more / rho))) > allowed
+    else:  # a complete dictionary: what is left goes into non-zeros
+        assert size.n_nonzero >= int(size.n_atoms / rho)
+        assert size.n_nonzero == size.n_atoms or one.bits(shape, size.n_atoms, size.n_nonzero + 1) > allowed
 
 
 @settings(deadline=None, max_examples=40)
@@ -61,9 +66,13 @@ def test_low_rank_has_the_papers_rank():
     assert size.n_atoms == size.n_nonzero == int(0.8 * 576 * 1536 / (576 + 1536))
 
 
-def test_wide_layers_may_be_overcomplete():
-    size = budget(0.05).size(GroupShape(64, (600,)))
-    assert size.n_atoms > 64
+def test_wide_layers_get_a_complete_dictionary_and_more_non_zeros_or_the_papers_overcomplete_one():
+    honest = budget(0.05).size(GroupShape(64, (600,)))
+    assert honest.n_atoms == 64
+    assert honest.n_nonzero > 32
+    paper = budget(0.2, convention="paper").size(GroupShape(64, (600,)))
+    assert paper.n_atoms > 64
+    assert paper.n_nonzero == paper.n_atoms // 2
 
 
 def test_what_saves_nothing_is_kept_dense():

@@ -66,7 +66,9 @@ def test_the_reported_error_is_the_error_of_the_layers_outputs(groups, tmp_path)
     modules, small = dict(model.named_modules()), dict(loaded.named_modules())
     inputs = {}
     handles = [
-        m.register_forward_pre_hook(lambda _, args, name=n: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1])))
+        m.register_forward_pre_hook(
+            lambda _, args, name=n: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))
+        )
         for n, m in modules.items()
         if isinstance(m, nn.Linear)
     ]
@@ -139,7 +141,10 @@ def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(stop_after, group
     compress(model, tmp_path / "stopped", config, windows=windows, resume=True, on_event=events.append)
     compress(model, tmp_path / "whole", config, windows=windows, resume=True)
     assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
-    assert sum(e.resumed for e in events if isinstance(e, GroupFinished)) == min(stop_after, len(events))  or groups != "natural"
+    assert (
+        sum(e.resumed for e in events if isinstance(e, GroupFinished)) == min(stop_after, len(events))
+        or groups != "natural"
+    )
     assert not (tmp_path / "stopped" / ".cospadi-work").exists()
 
 

@@ -1,0 +1,87 @@
+"""Functional error and seconds of every solver on named layers of the embedded model, at equal honest bytes.
+
+    python benchmarks/solvers.py --grams FOLDER
+
+FOLDER holds Grams as ``benchmarks/quality.py --grams`` leaves them (one folder for each calibration).
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from common import save_result
+
+from cospadi.allocation.budget import Budget, GroupShape
+from cospadi.calibration.statistics import Gram
+from cospadi.embedded import embedded_model
+from cospadi.formats.base import FORMATS
+from cospadi.layers import weight_matrix
+from cospadi.models import open_model
+from cospadi.solvers.base import SOLVERS, Problem, relative_error
+from cospadi.whitening import whitening_from_gram
+
+LAYERS = {
+    "model.layers.2.self_attn.q_proj": "model.layers.2.self_attn.q_proj",
+    "model.layers.2.mlp.up_proj": "model.layers.2.mlp.gate_proj",
+    "model.layers.15.self_attn.v_proj": "model.layers.15.self_attn.q_proj",
+    "model.layers.15.self_attn.o_proj": "model.layers.15.self_attn.o_proj",
+    "model.layers.15.mlp.gate_proj": "model.layers.15.mlp.gate_proj",
+    "model.layers.15.mlp.down_proj": "model.layers.15.mlp.down_proj",
+    "model.layers.27.self_attn.k_proj": "model.layers.27.self_attn.q_proj",
+    "model.layers.27.mlp.down_proj": "model.layers.27.mlp.down_proj",
+}
+"""Layer to the layer under whose name the Gram of its input is kept."""
+
+SOLVERS_AND_OPTIONS = [
+    ("svd", {}),
+    ("single-step", {}),
+    ("orthogonal", {}),
+    ("mod", {"n_iter": 60, "tolerance": 0}),
+    ("ksvd-torch", {"n_iter": 60, "tolerance": 0}),
+    ("ksvd-torch", {"n_iter": 60, "tolerance": 0, "init": "columns"}),
+    ("htp", {}),
+    ("htp", {"n_iter": 60}),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grams", type=Path, required=True)
+    parser.add_argument("--ratio", type=float, default=0.2)
+    args = parser.parse_args()
+    folder = next(p for p in sorted(args.grams.iterdir()) if p.is_dir())
+    modules = dict(open_model(embedded_model(), torch.device("cpu")).model.named_modules())
+    rows = []
+    for name, source in LAYERS.items():
+        gram = Gram.load(folder / f"{source}.safetensors", source)
+        whitening = whitening_from_gram(gram.matrix, gram.n_tokens)
+        target = whitening.whiten(weight_matrix(modules[name])).float()
+        shape = GroupShape(target.shape[0], (target.shape[1],))
+        for solver_name, options in SOLVERS_AND_OPTIONS:
+            solver = SOLVERS.create(solver_name, options)
+            codec = FORMATS.create("bitmask" if solver.sparse else "dense")
+            size = Budget(args.ratio, 2.0, codec, "bfloat16", sparse=solver.sparse).size(shape)
+            start = time.perf_counter()
+            solution = solver.solve(Problem(target, size.n_atoms, size.n_nonzero))
+            row = {
+                "layer": name,
+                "shape": list(target.shape),
+                "solver": ":".join([solver_name, *(f"{k}={v}" for k, v in options.items())]),
+                "n_atoms": size.n_atoms,
+                "n_nonzero": size.n_nonzero,
+                "relative_error": relative_error(target.double(), solution_in_double(solution)),
+                "seconds": time.perf_counter() - start,
+                "statistics": solution.statistics,
+            }
+            rows.append(row)
+            print(f"{name:36s} {row['solver']:52s} {row['relative_error']:.5f} {row['seconds']:8.2f} s", flush=True)
+    save_result("solvers", {"ratio": args.ratio, "grams": folder.name, "rows": rows})
+
+
+def solution_in_double(solution):
+    return type(solution)(solution.dictionary.double(), solution.coefficients.double())
+
+
+if __name__ == "__main__":
+    main()
