@@ -9,6 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import save_result
 
@@ -37,7 +38,6 @@ SOLVERS_AND_OPTIONS = [
     ("svd", {}),
     ("single-step", {}),
     ("orthogonal", {}),
-    ("mod", {"n_iter": 60, "tolerance": 0}),
     ("ksvd-torch", {"n_iter": 60, "tolerance": 0}),
     ("ksvd-torch", {"n_iter": 60, "tolerance": 0, "init": "columns"}),
     ("htp", {}),
@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grams", type=Path, required=True)
     parser.add_argument("--ratio", type=float, default=0.2)
+    parser.add_argument("--targets", type=Path, help="also save each whitened layer there, as NAME.npz")
     args = parser.parse_args()
     folder = next(p for p in sorted(args.grams.iterdir()) if p.is_dir())
     modules = dict(open_model(embedded_model(), torch.device("cpu")).model.named_modules())
@@ -57,6 +58,9 @@ def main() -> None:
         gram = Gram.load(folder / f"{source}.safetensors", source)
         whitening = whitening_from_gram(gram.matrix, gram.n_tokens)
         target = whitening.whiten(weight_matrix(modules[name])).float()
+        if args.targets:
+            args.targets.mkdir(parents=True, exist_ok=True)
+            np.savez(args.targets / f"{name}.npz", target=target.numpy())
         shape = GroupShape(target.shape[0], (target.shape[1],))
         for solver_name, options in SOLVERS_AND_OPTIONS:
             solver = SOLVERS.create(solver_name, options)

@@ -149,5 +149,5 @@ def _check(data: Any, types: dict[str, type], what: str) -> None:
         raise CheckpointError(f"the description of a {what} has {keys}, expected {sorted(types)}")
     for key, kind in types.items():
         value = data[key]
-        if type(value) is not kind or (kind is int and not 0 <= value < 2**48):
+        if type(value) is not kind or (kind is int and not 0 <= int(data[key]) < 2**48):
             raise CheckpointError(f"the description of a {what} has {key}={value!r}, expected {kind.__name__}")

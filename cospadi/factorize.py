@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def factorize_group(
     gram = sum((one.matrix for one in distinct.values()), torch.zeros_like(sources[0].matrix)) / len(distinct)
     n_tokens = sum(one.n_tokens for one in distinct.values())
     whitening = whitening_from_gram(gram, n_tokens, method.damping, group.name)
-    target = whitening.whiten(torch.cat(weights, dim=1)).to(torch.float32)
+    target = whitening.whiten(torch.cat(list(weights), dim=1)).to(torch.float32)
     try:
         solution = method.solver.solve(Problem(target, size.n_atoms, size.n_nonzero, seed=method.seed))
     except NumericalError as error:
@@ -100,18 +101,19 @@ def factorize_group(
     )
     spec, tensors = pack_group(factorization, method.format, method.value_dtype, biases, group.shared_input)
     stored = unpack_group(spec, tensors)
-    members, lost, norm = [], 0.0, 0.0
+    members: list[dict[str, Any]] = []
+    lost = norm = 0.0
     for layer, weight, own in zip(group.layers, weights, sources, strict=True):
         # The error that counts is that of the numbers as stored, on the layer's own undamped Gram.
-        error, scale = output_errors(own.matrix, weight, stored.to_dense(layer.name))
-        lost, norm = lost + error, norm + scale
+        squared, scale = output_errors(own.matrix, weight, stored.to_dense(layer.name))
+        lost, norm = lost + squared, norm + scale
         size_bytes = sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{layer.name}."))
         bias_bytes = sum(t.nbytes for key, t in tensors.items() if key == f"{layer.name}.bias")
         members.append(
             {
                 "name": layer.name,
                 "out_features": layer.out_features,
-                "relative_error": (error / scale) ** 0.5 if scale > 0 else 0.0,
+                "relative_error": (squared / scale) ** 0.5 if scale > 0 else 0.0,
                 "bytes": size_bytes - bias_bytes,
             }
         )

@@ -219,7 +219,8 @@ def _run(
     tell: Listener,
 ) -> dict[str, float]:
     """Calibrate and solve block by block whatever has no record yet; give the seconds that each group took."""
-    total, done, seconds = len(plan.work), 0, {}
+    total, done = len(plan.work), 0
+    seconds: dict[str, float] = {}
     pending = []
     for index, group, size in plan.work:
         record = folder.load(index)

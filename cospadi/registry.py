@@ -92,6 +92,9 @@ class Registry(Generic[T]):
             return TypeAdapter(cls).validate_python(options)
         except ValidationError as error:
             first = error.errors()[0]
+            own = first.get("ctx", {}).get("error")
+            if isinstance(own, CospadiError):  # the class checked its options itself
+                raise UsageError(f"{self.kind} {name!r}: {own}") from error
             where = ".".join(str(part) for part in first["loc"])
             given = options.get(where, first["input"])
             raise UsageError(f"{self.kind} {name!r}, option {where}={given!r}: {first['msg']}") from error

@@ -1,4 +1,4 @@
-"""What a run says of itself: report.json (the facts, the same for the same run) and run.json (when, where, how long)."""
+"""What a run says of itself: report.json holds the facts, the same for the same run; run.json when, where, how long."""
 
 import json
 import platform

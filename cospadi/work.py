@@ -1,8 +1,8 @@
 """The records of a run: every finished group is on disk before the next one starts.
 
-A work folder holds ``fingerprint.json`` and, for each finished group, ``group-NNNNN.safetensors`` with its tensors and then
-``group-NNNNN.json`` with its description and the checksum of the tensors.  The second file is the mark that the record is
-complete.  Every file is written under a temporary name, flushed to disk and renamed.
+A work folder holds ``fingerprint.json`` and, for each finished group, ``group-NNNNN.safetensors`` with its tensors and
+then ``group-NNNNN.json`` with its description and the checksum of the tensors.  The second file is the mark that the
+record is complete.  Every file is written under a temporary name, flushed to disk and renamed.
 """
 
 import hashlib

@@ -81,5 +81,5 @@ def test_an_indefinite_gram_is_the_last_resort():
 def test_nan_stops_with_the_name():
     gram = torch.eye(3)
     gram[0, 1] = float("nan")
-    with pytest.raises(NumericalError, match="layer.7"):
+    with pytest.raises(NumericalError, match=r"layer\.7"):
         whitening_from_gram(gram, 5, name="layer.7")

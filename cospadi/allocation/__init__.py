@@ -1,0 +1,1 @@
+"""How the budget is spread over the groups of layers."""

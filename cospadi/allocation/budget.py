@@ -58,8 +58,8 @@ class Budget:
     value_dtype : str
         Of the coefficients; see ``VALUE_BITS``.
     convention : {"honest", "paper"}
-        ``honest``: all bits that land on disk.  ``paper``: ``k = (1 - ratio) d1 d2 / (d1 + d2 / rho)``, which leaves the
-        mask out (arXiv 2509.22075, eq. 49).
+        ``honest``: all bits that land on disk.  ``paper``: ``k = (1 - ratio) d1 d2 / (d1 + d2 / rho)``, which leaves
+        the mask out (arXiv 2509.22075, eq. 49).
     sparse : bool
         False for dense coefficients (low rank): every atom is used by every column.
     """
@@ -82,7 +82,7 @@ class Budget:
         return total
 
     def size(self, shape: GroupShape) -> Size | None:
-        """Give the largest dictionary that the ratio allows, or None when not even one atom fits or nothing is saved."""
+        """Give the largest dictionary that the ratio allows; None when not even one atom fits or nothing is saved."""
         width = sum(shape.out_features)
         if self.convention == "paper":
             per_atom = shape.in_features + width / (self.rho if self.sparse else 1)

@@ -35,7 +35,7 @@ class _Chosen:
 
 @final
 class AutoBackend(Backend):
-    """The backend that ``choose`` names."""
+    """The best backend for the device and dtype of the input."""
 
     name: ClassVar[str] = "auto"
 

@@ -1,0 +1,1 @@
+"""What a model does on the calibration text: token windows, collectors and their statistics."""

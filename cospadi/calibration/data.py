@@ -82,7 +82,7 @@ def token_windows(tokenizer: Any, text: str, seq_len: int, samples: int | None =
     """
     wanted = None if samples is None else samples * seq_len
     ids: list[int] = []
-    # Tokenised paragraph-wise in large chunks, since a tokenizer is slow on one huge string and only a prefix is wanted.
+    # In large chunks of whole lines: a tokenizer is slow on one huge string, and mostly only a prefix is wanted.
     for chunk in _chunks(text):
         ids.extend(tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"])
         if wanted is not None and len(ids) >= wanted:

@@ -51,7 +51,9 @@ class Lockstep:
                 one = greenlet.greenlet(self._run)
                 self._passes.append(one)
                 with torch.no_grad():
-                    one.switch(batch)
+                    at = one.switch(batch)
+                if at is not self._blocks[0]:
+                    raise RuntimeError("the model does not begin with the first block of the list")
         except BaseException:
             self.__exit__(None, None, None)
             raise

@@ -12,7 +12,10 @@ from cospadi.solvers.base import SOLVERS, Solution, Solver
 @final
 @dataclass(frozen=True, kw_only=True)
 class Auto(Solver):
-    """Delegates to the solver that ``choose`` names; ``statistics`` say which one it was and why."""
+    """The recommended solver.
+
+    Delegates to the solver that ``choose`` names; ``statistics`` say which one it was and why.
+    """
 
     @classmethod
     def choose(cls, device: str) -> tuple[str, str]:

@@ -93,7 +93,8 @@ class Solver(abc.ABC):
 
     A subclass implements ``_factorize`` for unweighted, finite targets in its ``library``.  Laws that hold for each of
     them, and that the tests check: S has at most n_nonzero non-zeros per column; the problem is not modified; the same
-    problem gives the same bytes; scaling the target scales the product; permuting the columns permutes the coefficients.
+    problem gives the same bytes; scaling the target scales the product; permuting the columns permutes the
+    coefficients.
     """
 
     library: ClassVar[str | None] = None

@@ -55,9 +55,16 @@ def test_hooks_are_removed_even_after_an_error():
 def test_wrong_block_order_is_noticed():
     model, windows = tiny_model("llama"), token_windows()
     blocks = list(model.model.layers)[::-1]
-    with pytest.raises(RuntimeError, match="order"), Lockstep(blocks, forward_call(model, CPU), [windows]) as walk:
-        walk.advance()
-        walk.advance()
+    with (
+        pytest.raises(RuntimeError, match="begin with the first"),
+        Lockstep(blocks, forward_call(model, CPU), [windows]),
+    ):
+        pass
+    blocks = [*model.model.layers, model.model.layers[0]]
+    walk = Lockstep(blocks, forward_call(model, CPU), [windows])
+    with pytest.raises(RuntimeError, match="order"), walk:
+        [walk.advance() for _ in blocks]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_advancing_past_the_end_is_an_error():

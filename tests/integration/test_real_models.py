@@ -10,7 +10,7 @@ import torch
 import cospadi
 from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text, token_windows
 from cospadi.config import CalibrationConfig, CompressionConfig
-from cospadi.embedded import embedded_encoder, embedded_model
+from cospadi.embedded import embedded_encoder
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.models import open_model
 from cospadi.pipeline import compress
