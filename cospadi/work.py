@@ -105,7 +105,8 @@ def check_output(out: Path, resume: bool) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / WORK).is_dir():
-        raise UsageError(f"output folder {out} is not empty: choose a new folder")
+        holds = "already holds a model" if (out / "config.json").is_file() else "is not empty"
+        raise UsageError(f"output folder {out} {holds}: choose a new folder, or delete it")
     if not resume:
         raise UsageError(f"output folder {out} holds an interrupted run: add --resume to continue it, or delete it")
 

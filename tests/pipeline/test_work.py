@@ -61,6 +61,9 @@ def test_output_folders_in_use_are_refused(tmp_path):
             check_output(tmp_path, resume)
         with pytest.raises(UsageError, match="is a file"):
             check_output(tmp_path / "file", resume)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="already holds a model"):
+        check_output(tmp_path, resume=True)
     WorkFolder(tmp_path / "out", PRINT, resume=False)
     with pytest.raises(UsageError, match="add --resume"):
         check_output(tmp_path / "out", resume=False)
