@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cospadi.arrays import cupy_availability
 from cospadi.backends.base import Backend, Placement
-from cospadi.backends.dense_products import float_support, multiply, placed, unpacked
+from cospadi.backends.dense_products import gpu_support, multiply, placed, unpacked
 from cospadi.formats.base import PackedCoefficients
 from cospadi.registry import Availability
 
@@ -29,9 +29,7 @@ class CupyBackend(Backend):
 
     def supports(self, packed: PackedCoefficients, placement: Placement) -> Availability:
         """Accept every floating dtype on a CUDA device."""
-        if placement.device.type != "cuda":
-            return Availability(False, f"the layer is on {placement.device}: move the model to a CUDA device")
-        return float_support(placement)
+        return gpu_support(placement)
 
     def prepare_dictionary(self, dictionary: Tensor, placement: Placement) -> Tensor:
         """Convert to the dtype of x."""
