@@ -39,7 +39,6 @@ SOLVERS_AND_OPTIONS = [
     ("single-step", {}),
     ("orthogonal", {}),
     ("ksvd-torch", {"n_iter": 60, "tolerance": 0}),
-    ("ksvd-torch", {"n_iter": 60, "tolerance": 0, "init": "columns"}),
     ("htp", {}),
     ("htp", {"n_iter": 60}),
 ]
