@@ -128,8 +128,9 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     for label, key in (("compressed layers", "layer"), ("whole model", "model")):
         before, after = totals[f"{key}_dense_bytes"], totals[f"{key}_bytes"]
         table.add_row(label, size(before), size(after), f"-{1 - after / before:.1%}" if after <= before else "grew")
-    paper = f"-{totals['ratio_paper_convention']:.1%}"
-    table.add_row("  by the paper's count", "", "", paper, style="dim")
+        if key == "layer":
+            paper = f"-{totals['ratio_paper_convention']:.1%}"
+            table.add_row("  by the paper's count", "", "", paper, style="dim")
     if evaluation is not None:
         _add_measurements(table, evaluation)
     _print(screen, f"{report['model']} -> {out}", table)
