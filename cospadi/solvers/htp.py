@@ -78,11 +78,14 @@ class HTP(Solver):
                 best, best_error = (A, S), error
             if iteration == self.n_iter:
                 break
-            S = hard_threshold(S + _quotient(squared_columns(C), _inner_columns(C, G @ C))[None, :] * C, n_nonzero)
+            S = hard_threshold(S + _step(squared_columns(C), C, G @ C)[None, :] * C, n_nonzero)
             S = conjugate_gradients(G, B - G @ S, S, self.cg_steps)
         A, S = best
         G = A.T @ A
-        S = conjugate_gradients(G, A.T @ Y - G @ S, S, self.final_cg_steps)
+        refined = conjugate_gradients(G, A.T @ Y - G @ S, S, self.final_cg_steps)
+        # Columns that are solved up to rounding have nothing to gain, and noise must not spoil them.
+        better = squared_columns(Y - A @ refined) <= squared_columns(Y - A @ S)
+        S = namespace(Y).where(better[None, :], refined, S)
         return Solution(A, S, Status.MAX_ITERATIONS, {"iterations": self.n_iter})
 
 
@@ -131,7 +134,7 @@ def conjugate_gradients(G: Array, C: Array, S: Array, steps: int) -> Array:
     energy = squared_columns(residual)
     for _ in range(steps):
         image = (G @ direction) * mask
-        length = _quotient(energy, _inner_columns(direction, image))[None, :]
+        length = _step(energy, direction, image)[None, :]
         S = S + length * direction
         residual = residual - length * image
         previous, energy = energy, squared_columns(residual)
@@ -145,6 +148,17 @@ def _inner(U: Array, V: Array) -> Array:
 
 def _inner_columns(U: Array, V: Array) -> Array:
     return namespace(U).sum(U * V, axis=0)
+
+
+def _step(energy: Array, direction: Array, image: Array) -> Array:
+    """Give energy / <direction, image> of each column: the step to the minimum, zero where there is no curvature.
+
+    With atoms of unit norm a curvature of a few roundings is that of a null direction: a step along it is noise.
+    """
+    xp = namespace(direction)
+    floor = 64 * float(xp.finfo(direction.dtype).eps) * squared_columns(direction)
+    curvature = _inner_columns(direction, image)
+    return _quotient(energy, xp.where(curvature > floor, curvature, xp.zeros_like(curvature)))
 
 
 def _quotient(a: Array, b: Array) -> Array:

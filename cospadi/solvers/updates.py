@@ -113,7 +113,7 @@ def spectral_start(Y: Array, n_atoms: int, n_nonzero: int) -> tuple[Array, Array
         S = xp.where(alone[None, :], xp.zeros_like(S), S)
         below = own * norms[:, None]
     else:
-        below = xp.zeros_like(S)[: worst.shape[0], :]
+        below = xp.zeros((worst.shape[0], n), dtype=Y.dtype, device=device(Y))
     A, S = xp.concat([A, extra], axis=1), xp.concat([S, below], axis=0)
     while A.shape[1] < n_atoms:  # more atoms than directions and columns together: every column is exact already
         more = A[:, : min(d, n_atoms - A.shape[1])]

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import NumericalError, UsageError
@@ -56,6 +56,7 @@ def test_ksvd_on_cupy_agrees_with_numpy():
     kind=st.sampled_from(["full", "zero", "zero columns", "rank one", "equal columns", "tiny", "large"]),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
+@example(d=1, n=2, k=3, part=0.0, kind="full", dtype=np.float32)  # two more atoms than directions, none in use
 @pytest.mark.filterwarnings("error")
 def test_any_shape_gives_finite_arrays_of_the_right_shape_within_the_sparsity(name, d, n, k, part, kind, dtype):
     target = whitened_like(d, n, seed=d + 31 * n, dtype=dtype)
