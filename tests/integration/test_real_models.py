@@ -20,7 +20,7 @@ pytestmark = pytest.mark.integration
 
 def cli(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "cospadi_cli.main", *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, "-m", "cospadi_cli", *map(str, arguments)], capture_output=True, text=True
     )
 
 
