@@ -11,10 +11,12 @@ from cospadi.report import machine, versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def save_result(name: str, figures: dict[str, Any], command: str | None = None) -> Path:
+def save_result(name: str, figures: dict[str, Any]) -> Path:
     """Write RESULTS/name.json with the command, the machine and the versions beside the figures."""
+    # Files are named without their folders, which say something of the machine and nothing of the figures.
+    arguments = [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
     result = {
-        "command": command or " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *arguments]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(),

@@ -72,6 +72,7 @@ def main() -> None:
                     args.name,
                     {
                         "model": Path(model).name,
+                        "seed": CompressionConfig().seed,
                         "calibration": {"windows": args.samples, "fingerprint": fingerprint(calibration)},
                         "evaluation": {"windows": args.windows, "fingerprint": fingerprint(windows)},
                         "dense_perplexity": dense.token,

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 def cli(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "cospadi_cli", *map(str, arguments)], capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-m", "cospadi_cli", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_smollm2_two_blocks_end_to_end_by_the_command_line(tmp_path):
