@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cospadi.formats.base import VALUE_BITS, Format
+from cospadi.formats.base import Format
+from cospadi.formats.packing import group_bits
 
 DENSE_BITS = 16
 """Bits of one weight of the dense layers that ratios compare with: bfloat16."""
@@ -73,13 +74,7 @@ class Budget:
 
     def bits(self, shape: GroupShape, n_atoms: int, n_nonzero: int) -> int:
         """Count the bits on disk of a group's dictionary and coefficients."""
-        # The 14-bit type is for coefficients only; the dictionary beside them is bfloat16.
-        dictionary_bits = DENSE_BITS if self.value_dtype == "bfloat14" else VALUE_BITS[self.value_dtype]
-        total = dictionary_bits * shape.in_features * n_atoms
-        for width in shape.out_features:
-            stored = self.format.count_stored(n_atoms, width, n_nonzero)
-            total += self.format.bits(n_atoms, width, stored, self.value_dtype)
-        return total
+        return group_bits(shape.in_features, n_atoms, shape.out_features, n_nonzero, self.format, self.value_dtype)
 
     def size(self, shape: GroupShape) -> Size | None:
         """Give the largest dictionary that the ratio allows; None when not even one atom fits or nothing is saved."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cospadi.errors import CheckpointError, NumericalError
 from cospadi.factorization import GroupSpec, MemberSpec, SparseFactorization
-from cospadi.formats.base import FORMATS, VALUE_BITS, PackedCoefficients
+from cospadi.formats.base import FORMATS, VALUE_BITS, Format, PackedCoefficients
 from cospadi.formats.values import HOLDING_DTYPES, expect, round_values
 
 
@@ -101,13 +101,12 @@ def packed_member(spec: GroupSpec, member: MemberSpec, tensors: Mapping[str, Ten
 
 
 def group_bits(
-    in_features: int, n_atoms: int, out_features: Sequence[int], n_nonzero: int, format: str, value_dtype: str
+    in_features: int, n_atoms: int, out_features: Sequence[int], n_nonzero: int, format: Format, value_dtype: str
 ) -> int:
     """Count the bits of a group's dictionary and coefficients with ``n_nonzero`` non-zeros in every column."""
-    codec = FORMATS.create(format)
     total = VALUE_BITS[dictionary_dtype_of(value_dtype)] * in_features * n_atoms
     for width in out_features:
-        total += codec.bits(n_atoms, width, codec.count_stored(n_atoms, width, n_nonzero), value_dtype)
+        total += format.bits(n_atoms, width, format.count_stored(n_atoms, width, n_nonzero), value_dtype)
     return total
 
 

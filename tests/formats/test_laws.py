@@ -236,7 +236,7 @@ def test_group_bits_counts_the_packed_tensors():
     group = SparseFactorization(torch.ones(6, 16), {"q": sparse, "k": sparse[:, :8]})
     for name, value_dtype in CASES:
         _, tensors = pack_group(group, name, value_dtype, {}, shared_input=False)
-        counted = group_bits(6, 16, [12, 8], 4, name, value_dtype)
+        counted = group_bits(6, 16, [12, 8], 4, FORMATS.create(name), value_dtype)
         assert 8 * sum(t.nbytes for t in tensors.values()) == counted
 
 
