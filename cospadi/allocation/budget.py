@@ -52,8 +52,7 @@ class Budget:
         Fraction of the dense bits to remove.
     rho : float
         Atoms per non-zero of a column.  Where that asks for more atoms than input features, the honest convention stops
-        at as many atoms and spends the rest on non-zeros: on real layers this has a lower error than an over-complete
-        dictionary of the same bytes.
+        at as many atoms and spends the rest on non-zeros.
     format : Format
         Counts the bits of the coefficients.
     value_dtype : str

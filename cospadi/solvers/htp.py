@@ -31,7 +31,7 @@ class HTP(Solver):
     Each iteration: A by least squares, its atoms scaled to unit norm; a gradient step on S with the exact step length
     of each column; the largest entries of each column; a few conjugate gradient steps on that support.  It ends with a
     last dictionary and more conjugate gradient steps from the best iterate.  All work is matrix products of full size,
-    which is why it beats column-wise pursuit on CPUs and GPUs alike.
+    where matching pursuit goes column by column.
 
     Attributes
     ----------

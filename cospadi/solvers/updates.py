@@ -56,7 +56,7 @@ def hard_threshold(V: Array, n_nonzero: int) -> Array:
         equal = keep & ~above
         room = n_nonzero - xp.count_nonzero(above, axis=0)
         keep = above | (equal & (xp.cumulative_sum(xp.astype(equal, xp.int64), axis=0) <= room[None, :]))
-    return V * xp.astype(keep, V.dtype)  # several times faster than a choice by ``where``
+    return V * xp.astype(keep, V.dtype)
 
 
 def leading_left_singular_vectors(Y: Array, n_vectors: int) -> Array:
