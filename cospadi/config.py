@@ -65,7 +65,8 @@ class CompressionConfig(_Strict):
     format : str, optional
         Storage format of the coefficients; None takes ``bitmask`` for sparse solvers and ``dense`` for dense ones.
     value_dtype : str
-        ``bfloat16``, ``float16``, ``float32`` or ``bfloat14`` (coefficients only; the dictionary is then bfloat16).
+        ``bfloat16``, ``float16``, ``float32``, ``bfloat14`` (coefficients only; the dictionary is then bfloat16) or
+        ``int8`` (with one scale per atom and per column of coefficients).
     include, exclude : tuple of str
         Shell patterns over layer names; a layer is compressed if it matches an include and no exclude pattern.
     damping : float
@@ -88,7 +89,7 @@ class CompressionConfig(_Strict):
     solver: str = "auto"
     solver_options: dict[str, Any] = Field(default_factory=dict)
     format: str | None = None
-    value_dtype: Literal["bfloat16", "float16", "float32", "bfloat14"] = "bfloat16"
+    value_dtype: Literal["bfloat16", "float16", "float32", "bfloat14", "int8"] = "bfloat16"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     damping: float = Field(default=1e-6, gt=0, lt=1)

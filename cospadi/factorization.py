@@ -89,9 +89,9 @@ class GroupSpec:
     format : str
         Name of the coefficients' format.
     value_dtype : str
-        ``bfloat16``, ``float16``, ``float32`` or ``bfloat14``, of the coefficients.
+        ``bfloat16``, ``float16``, ``float32``, ``bfloat14`` or ``int8``, of the coefficients.
     dictionary_dtype : str
-        ``bfloat16``, ``float16`` or ``float32``.
+        ``bfloat16``, ``float16``, ``float32`` or ``int8``.
     shared_input : bool
         Whether the members receive the very same input tensor, so that x D is computed once for all.
     """

@@ -30,7 +30,7 @@ def test_to_dict_and_from_dict_are_inverse(ratio, rho, groups, samples, exclude)
         ({"rho": 0.5}, "rho=0.5"),
         ({"groups": "consecutive:0"}, "expected none, natural or consecutive:N"),
         ({"groups": "pairs"}, "expected none, natural or consecutive:N"),
-        ({"value_dtype": "int8"}, "value_dtype"),
+        ({"value_dtype": "int3"}, "value_dtype"),
         ({"version": 2}, "version 2"),
         ({"calibration": {"samples": 0}}, "calibration.samples=0"),
     ],

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from cospadi.errors import CheckpointError
 from cospadi.formats.checkpoint import INDEX, CheckpointConfig, ShardWriter
+from cospadi.formats.packing import unpack_group
 from cospadi.formats.verify import read_config, read_header, read_tensors, verify_checkpoint
 
 from .checkpoints import edit_config, random_group
@@ -65,9 +66,10 @@ def rewrite_header(path, change):
 
 
 @pytest.mark.parametrize("format", ["bitmask", "csr", "dense"])
+@pytest.mark.parametrize("value_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_the_undamaged_checkpoint_is_accepted(tmp_path, format, shards):
-    folder = small_checkpoint(tmp_path / "model", format, shards=shards)
+def test_the_undamaged_checkpoint_is_accepted(tmp_path, format, value_dtype, shards):
+    folder = small_checkpoint(tmp_path / "model", format, value_dtype, shards)
     assert [m.name for m in verify_checkpoint(folder).groups[0].members] == ["block.q", "block.k"]
     assert torch.equal(read_tensors(folder, ["norm.weight"])["norm.weight"], torch.ones(5))
 
@@ -94,6 +96,14 @@ CONFIGS = {
         "bfloat14",
     ),
     "another dictionary dtype": (description(lambda q: q["groups"][0].update(dictionary_dtype="float64")), "'float64'"),
+    "an 8-bit dictionary beside other values": (
+        description(lambda q: q["groups"][0].update(dictionary_dtype="int8")),
+        "'bfloat16' with 'int8'",
+    ),
+    "8-bit values beside another dictionary": (
+        description(lambda q: q["groups"][0].update(value_dtype="int8")),
+        "'int8' with 'bfloat16'",
+    ),
     "a layer named twice": (
         description(lambda q: q["groups"][0]["members"][1].update(name="block.q")),
         "block.q is named twice",
@@ -226,11 +236,12 @@ def test_bytes_behind_the_data_are_refused(folder):
     refused(folder, SINGLE)
 
 
+@pytest.mark.parametrize("value_dtype", ["bfloat16", "int8"])
 @given(position=st.integers(0, 2000), value=st.integers(0, 255))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_changed_byte_is_noticed_or_harmless(tmp_path_factory, position, value):
+def test_a_changed_byte_is_noticed_or_harmless(tmp_path_factory, value_dtype, position, value):
     """Whatever byte changes, the checkpoint is refused with a CheckpointError or can be read as a whole."""
-    folder = small_checkpoint(tmp_path_factory.mktemp("flip") / "model")
+    folder = small_checkpoint(tmp_path_factory.mktemp("flip") / "model", value_dtype=value_dtype)
     data = bytearray((folder / SINGLE).read_bytes())
     data[position % len(data)] = value
     (folder / SINGLE).write_bytes(bytes(data))
@@ -238,7 +249,9 @@ def test_a_changed_byte_is_noticed_or_harmless(tmp_path_factory, position, value
         verify_checkpoint(folder)
     except CheckpointError:
         return
-    assert read_tensors(folder)
+    spec = read_config(folder).groups[0]
+    factors = unpack_group(spec, read_tensors(folder))
+    assert all(bool(torch.isfinite(part).all()) for part in (factors.dictionary, *factors.coefficients.values()))
 
 
 def set_first(key, value):
@@ -300,6 +313,54 @@ TENSORS = {
         lambda t: t.update({"block.q.bias": t["block.q.bias"].int()}),
         "block.q.bias",
     ),
+    "a missing dictionary scale": (
+        "bitmask",
+        "int8",
+        lambda t: t.pop("block.q.dictionary_scales"),
+        "dictionary_scales",
+    ),
+    "missing scales": ("dense", "int8", lambda t: t.pop("block.k.scales"), "block.k.scales"),
+    "scales where there are none": (
+        "bitmask",
+        "bfloat16",
+        lambda t: t.update({"block.k.scales": torch.ones(4)}),
+        "block.k.scales",
+    ),
+    "scales of too few columns": (
+        "csr",
+        "int8",
+        lambda t: t.update({"block.k.scales": t["block.k.scales"][1:]}),
+        "block.k.scales",
+    ),
+    "scales of another dtype": (
+        "bitmask",
+        "int8",
+        lambda t: t.update({"block.q.dictionary_scales": t["block.q.dictionary_scales"].bfloat16()}),
+        "block.q.dictionary_scales",
+    ),
+    "a dictionary without sign": (
+        "bitmask",
+        "int8",
+        lambda t: t.update({"block.q.dictionary": t["block.q.dictionary"].view(torch.uint8)}),
+        "block.q.dictionary",
+    ),
+    "-128 in the dictionary": (
+        "bitmask",
+        "int8",
+        set_first("block.q.dictionary", -128),
+        "block.q.dictionary: holds -128",
+    ),
+} | {
+    f"{text} among {key}": (format, "int8", set_first(key, value), key)
+    for format in ("bitmask", "csr", "dense")
+    for key, text, value in [
+        ("block.k.values", "-128", -128),
+        *(
+            (key, f"a scale of {value}", value)
+            for key in ("block.k.scales", "block.q.dictionary_scales")
+            for value in (float("nan"), float("inf"), -1.0, 0.0, 2.0**-127, 3e38, 1 + 2.0**-16)
+        ),
+    ]
 }
 
 

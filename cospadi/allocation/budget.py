@@ -34,7 +34,7 @@ class Size:
     n_nonzero : int
         Non-zeros in every column of the coefficients.
     bits : int
-        What the factorisation takes on disk, mask or indices included.
+        What the factorisation takes on disk, with mask, indices and scales.
     """
 
     n_atoms: int
@@ -56,7 +56,7 @@ class Budget:
     format : Format
         Counts the bits of the coefficients.
     value_dtype : str
-        Of the coefficients; see ``VALUE_BITS``.
+        Of the coefficients, see ``VALUE_BITS``; that of the dictionary follows from it.
     convention : {"honest", "paper"}
         ``honest``: all bits that land on disk.  ``paper``: ``k = (1 - ratio) d1 d2 / (d1 + d2 / rho)``, which leaves
         the mask out (arXiv 2509.22075, eq. 49).

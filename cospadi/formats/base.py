@@ -13,8 +13,11 @@ from torch import Tensor
 
 from cospadi.registry import Availability, Registry
 
-VALUE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "bfloat14": 14}
-"""Bits of one stored coefficient.  ``bfloat14`` is bfloat16 without its two lowest mantissa bits."""
+VALUE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "bfloat14": 14, "int8": 8}
+"""Bits of one stored coefficient.
+
+``bfloat14`` is bfloat16 without its two lowest mantissa bits; ``int8`` has a float32 scale per column of S besides.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,22 @@ class PackedCoefficients:
     tensors: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class PackedDictionary:
+    """The dictionary of a group as it is stored.
+
+    Attributes
+    ----------
+    values : Tensor, shape (n_atoms, in_features), floating or int8
+        Atoms as rows.
+    scales : Tensor, shape (n_atoms,), float32, or None
+        For int8 values: atom i is ``values[i] * scales[i]``.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+
 class Format(abc.ABC):
     """Base of the storage formats; stateless.
 
@@ -57,7 +76,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
-        """Count the bits of the coefficients of one layer as they land on disk, mask or indices included."""
+        """Count the bits of the coefficients of one layer as they land on disk: mask, indices, scales included."""
 
     @abc.abstractmethod
     def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
@@ -72,6 +91,8 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
         """Store S, shape (n_atoms, out_features), rounding the values to nearest even in ``value_dtype``.
+
+        For ``int8`` that is to multiples of the scale that ``quantize_rows`` gives each column.
 
         Raises
         ------
@@ -93,13 +114,21 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def unpack(self, packed: PackedCoefficients) -> Tensor:
-        """Give S, shape (n_atoms, out_features), in the stored dtype (bfloat16 for ``bfloat14``).
+        """Give S, shape (n_atoms, out_features), in the stored dtype (bfloat16 for ``bfloat14``, float32 for ``int8``).
 
         Raises
         ------
         CheckpointError
             The tensors contradict each other: wrong shapes, a mask that counts other than the values, indices that are
-            out of range or not ascending, padding bits that are set.
+            out of range or not ascending, padding bits that are set, scales that ``quantize_rows`` never gives.
+        """
+
+    @abc.abstractmethod
+    def gather(self, packed: PackedCoefficients, matrix: Tensor) -> Tensor:
+        """Give the entries of a matrix like S, shape (n_atoms, out_features), at the places that are stored.
+
+        They have the order and the shape of ``values`` (without 8-bit or 14-bit encoding), so this is the adjoint of
+        ``unpack``: what gradients to the stored values need.
         """
 
 

@@ -8,16 +8,19 @@ from torch import Tensor
 from cospadi.errors import CheckpointError
 from cospadi.formats.base import VALUE_BITS, Format, PackedCoefficients
 from cospadi.formats.values import (
+    decode_rows,
+    encode_rows,
     expect,
     read_values,
     require_value_dtype,
-    round_values,
+    scales_bits,
+    scales_layout,
     store_values,
     stored_layout,
     tensors_of,
 )
 
-_OFFERED = ("bfloat16", "float16", "float32", "bfloat14")
+_OFFERED = ("bfloat16", "float16", "float32", "bfloat14", "int8")
 
 
 @final
@@ -27,8 +30,9 @@ class Bitmask(Format):
     name: ClassVar[str] = "bitmask"
 
     def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
-        """Count the bits of values and mask; the mask's rows are whole bytes."""
-        return VALUE_BITS[value_dtype] * n_stored + 8 * out_features * _row_bytes(n_atoms)
+        """Count the bits of values, mask and scales; the mask's rows are whole bytes."""
+        mask_bits = 8 * out_features * _row_bytes(n_atoms)
+        return VALUE_BITS[value_dtype] * n_stored + mask_bits + scales_bits(out_features, value_dtype)
 
     def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
         """Count the non-zeros."""
@@ -37,24 +41,25 @@ class Bitmask(Format):
     def layout(
         self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Give ``values`` and ``mask``."""
+        """Give ``values``, ``mask`` and, for ``int8``, ``scales``."""
         require_value_dtype(value_dtype, _OFFERED, self.name)
         return {
             "values": stored_layout((n_stored,), value_dtype),
             "mask": ((out_features, _row_bytes(n_atoms)), torch.uint8),
+            **scales_layout(out_features, value_dtype),
         }
 
     def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
         """Round, drop what is zero and pack the support."""
         require_value_dtype(value_dtype, _OFFERED, self.name)
         n_atoms, out_features = coefficients.shape
-        rows = round_values(coefficients.T.contiguous(), value_dtype)
+        rows, scales = encode_rows(coefficients.T.contiguous(), value_dtype)
         support = rows != 0
-        tensors = {"values": store_values(rows[support], value_dtype), "mask": pack_bits(support)}
+        tensors = {"values": store_values(rows[support], value_dtype), "mask": pack_bits(support), **scales}
         return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, tensors)
 
     def check(self, packed: PackedCoefficients) -> None:
-        """Check shapes, the population of the mask and the padding."""
+        """Check shapes, the population of the mask, the padding and the scales."""
         self._read(packed)
 
     def unpack(self, packed: PackedCoefficients) -> Tensor:
@@ -62,7 +67,11 @@ class Bitmask(Format):
         values = self._read(packed)
         support = unpack_bits(packed.tensors["mask"], packed.n_atoms)
         rows = values.new_zeros(packed.out_features, packed.n_atoms)
-        return rows.masked_scatter_(support, values).T
+        return decode_rows(rows.masked_scatter_(support, values), packed).T
+
+    def gather(self, packed: PackedCoefficients, matrix: Tensor) -> Tensor:
+        """Select by the mask, column by column."""
+        return matrix.T[unpack_bits(packed.tensors["mask"], packed.n_atoms)]
 
     def _read(self, packed: PackedCoefficients) -> Tensor:
         stored, mask = tensors_of(packed, "values", "mask")

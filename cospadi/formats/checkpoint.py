@@ -15,7 +15,7 @@ from torch import Tensor
 from cospadi.errors import CheckpointError, UsageError
 from cospadi.factorization import GroupSpec
 from cospadi.formats.base import FORMATS, VALUE_BITS
-from cospadi.formats.packing import dictionary_dtype_of
+from cospadi.formats.dictionary import dictionary_dtype_of, dictionary_layout
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "cospadi"
@@ -108,8 +108,9 @@ class CheckpointConfig:
 def expected_tensors(group: GroupSpec) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """Give every tensor of a group by checkpoint name: its shape and the dtypes it may have."""
     layout = FORMATS.create(group.format).layout
-    dictionary = ((group.n_atoms, group.in_features), (getattr(torch, group.dictionary_dtype),))
-    tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {f"{group.name}.dictionary": dictionary}
+    tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
+    for local, (shape, dtype) in dictionary_layout(group.n_atoms, group.in_features, group.dictionary_dtype).items():
+        tensors[f"{group.name}.{local}"] = (shape, (dtype,))
     for member in group.members:
         for local, (shape, dtype) in layout(
             group.n_atoms, member.out_features, member.n_stored, group.value_dtype

@@ -7,9 +7,19 @@ from torch import Tensor
 
 from cospadi.errors import CheckpointError
 from cospadi.formats.base import VALUE_BITS, Format, PackedCoefficients
-from cospadi.formats.values import HOLDING_DTYPES, expect, require_value_dtype, round_values, tensors_of
+from cospadi.formats.values import (
+    HOLDING_DTYPES,
+    decode_rows,
+    encode_rows,
+    expect,
+    read_values,
+    require_value_dtype,
+    scales_bits,
+    scales_layout,
+    tensors_of,
+)
 
-_OFFERED = ("bfloat16", "float16", "float32")
+_OFFERED = ("bfloat16", "float16", "float32", "int8")
 
 
 @final
@@ -19,10 +29,11 @@ class CSR(Format):
     name: ClassVar[str] = "csr"
 
     def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
-        """Count the bits of values, atoms and row pointers."""
+        """Count the bits of values, atoms, row pointers and scales."""
         require_value_dtype(value_dtype, _OFFERED, self.name)
         index_bits, pointer_bits = 8 * _index_dtype(n_atoms).itemsize, 8 * _pointer_dtype(n_stored).itemsize
-        return (VALUE_BITS[value_dtype] + index_bits) * n_stored + pointer_bits * (out_features + 1)
+        list_bits = (VALUE_BITS[value_dtype] + index_bits) * n_stored
+        return list_bits + pointer_bits * (out_features + 1) + scales_bits(out_features, value_dtype)
 
     def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
         """Count the non-zeros."""
@@ -31,29 +42,30 @@ class CSR(Format):
     def layout(
         self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Give ``values``, ``columns`` and ``row_pointers``."""
+        """Give ``values``, ``columns``, ``row_pointers`` and, for ``int8``, ``scales``."""
         require_value_dtype(value_dtype, _OFFERED, self.name)
         return {
             "values": ((n_stored,), HOLDING_DTYPES[value_dtype]),
             "columns": ((n_stored,), _index_dtype(n_atoms)),
             "row_pointers": ((out_features + 1,), _pointer_dtype(n_stored)),
+            **scales_layout(out_features, value_dtype),
         }
 
     def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
         """Round, drop what is zero and list the rest."""
         require_value_dtype(value_dtype, _OFFERED, self.name)
         n_atoms, out_features = coefficients.shape
-        rows = round_values(coefficients.T.contiguous(), value_dtype)
+        rows, scales = encode_rows(coefficients.T.contiguous(), value_dtype)
         support = rows != 0
         values = rows[support]
         pointers = torch.zeros(out_features + 1, dtype=_pointer_dtype(values.numel()), device=rows.device)
         pointers[1:] = support.sum(dim=1).cumsum(0)
         columns = support.nonzero()[:, 1].to(_index_dtype(n_atoms))
-        tensors = {"values": values, "columns": columns, "row_pointers": pointers}
+        tensors = {"values": values, "columns": columns, "row_pointers": pointers, **scales}
         return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, tensors)
 
     def check(self, packed: PackedCoefficients) -> None:
-        """Check shapes, pointers and the order of the atoms."""
+        """Check shapes, pointers, the order of the atoms and the scales."""
         self._read(packed)
 
     def unpack(self, packed: PackedCoefficients) -> Tensor:
@@ -61,7 +73,11 @@ class CSR(Format):
         row_of = self._read(packed)
         rows = packed.tensors["values"].new_zeros(packed.out_features, packed.n_atoms)
         rows[row_of, packed.tensors["columns"].long()] = packed.tensors["values"]
-        return rows.T
+        return decode_rows(rows, packed).T
+
+    def gather(self, packed: PackedCoefficients, matrix: Tensor) -> Tensor:
+        """Select by row and atom."""
+        return matrix.T[self._read(packed), packed.tensors["columns"].long()]
 
     def _read(self, packed: PackedCoefficients) -> Tensor:
         """Check the tensors and give the row of every value."""
@@ -69,6 +85,7 @@ class CSR(Format):
         layout = self.layout(packed.n_atoms, packed.out_features, values.numel(), packed.value_dtype)
         for name, (shape, dtype) in layout.items():
             expect(name, packed.tensors[name], shape, dtype)
+        read_values(values, tuple(values.shape), packed.value_dtype)
         pointers, columns = pointers.long(), columns.long()
         counts = pointers.diff()
         if int(pointers[0]) != 0 or int(pointers[-1]) != columns.numel() or bool((counts < 0).any()):

@@ -7,15 +7,18 @@ from torch import Tensor
 
 from cospadi.formats.base import VALUE_BITS, Format, PackedCoefficients
 from cospadi.formats.values import (
+    decode_rows,
+    encode_rows,
     read_values,
     require_value_dtype,
-    round_values,
+    scales_bits,
+    scales_layout,
     store_values,
     stored_layout,
     tensors_of,
 )
 
-_OFFERED = ("bfloat16", "float16", "float32", "bfloat14")
+_OFFERED = ("bfloat16", "float16", "float32", "bfloat14", "int8")
 
 
 @final
@@ -25,8 +28,8 @@ class Dense(Format):
     name: ClassVar[str] = "dense"
 
     def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
-        """Count the bits of the values."""
-        return VALUE_BITS[value_dtype] * n_stored
+        """Count the bits of values and scales."""
+        return VALUE_BITS[value_dtype] * n_stored + scales_bits(out_features, value_dtype)
 
     def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
         """Count every entry, zero or not."""
@@ -35,24 +38,30 @@ class Dense(Format):
     def layout(
         self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Give the one tensor, ``values``."""
+        """Give ``values`` and, for ``int8``, ``scales``."""
         require_value_dtype(value_dtype, _OFFERED, self.name)
-        return {"values": stored_layout((out_features, n_atoms), value_dtype)}
+        values = stored_layout((out_features, n_atoms), value_dtype)
+        return {"values": values, **scales_layout(out_features, value_dtype)}
 
     def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
         """Round and transpose."""
         require_value_dtype(value_dtype, _OFFERED, self.name)
         n_atoms, out_features = coefficients.shape
-        values = store_values(round_values(coefficients.T.contiguous(), value_dtype), value_dtype)
-        return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, {"values": values})
+        rows, scales = encode_rows(coefficients.T.contiguous(), value_dtype)
+        tensors = {"values": store_values(rows, value_dtype), **scales}
+        return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, tensors)
 
     def check(self, packed: PackedCoefficients) -> None:
-        """Check shape and dtype, and the padding of ``bfloat14``."""
+        """Check shape and dtype, the padding of ``bfloat14`` and the scales."""
         self._read(packed)
 
     def unpack(self, packed: PackedCoefficients) -> Tensor:
         """Transpose back; a view of the stored tensor where it needs no decoding."""
-        return self._read(packed).T
+        return decode_rows(self._read(packed), packed).T
+
+    def gather(self, packed: PackedCoefficients, matrix: Tensor) -> Tensor:
+        """Take every entry."""
+        return matrix.T.contiguous()
 
     def _read(self, packed: PackedCoefficients) -> Tensor:
         (values,) = tensors_of(packed, "values")

@@ -6,13 +6,17 @@ from torch import Tensor
 
 from cospadi.errors import CheckpointError, NumericalError
 from cospadi.factorization import GroupSpec, MemberSpec, SparseFactorization
-from cospadi.formats.base import FORMATS, VALUE_BITS, Format, PackedCoefficients
-from cospadi.formats.values import HOLDING_DTYPES, expect, round_values
-
-
-def dictionary_dtype_of(value_dtype: str) -> str:
-    """Give the dtype of the dictionary beside coefficients of a value dtype: 14 bits are for coefficients only."""
-    return "bfloat16" if value_dtype == "bfloat14" else value_dtype
+from cospadi.formats.base import FORMATS, VALUE_BITS, Format, PackedCoefficients, PackedDictionary
+from cospadi.formats.dictionary import (
+    dictionary_bits,
+    dictionary_dtype_of,
+    dictionary_layout,
+    dictionary_tensors,
+    pack_dictionary,
+    packed_dictionary,
+    unpack_dictionary,
+)
+from cospadi.formats.values import expect
 
 
 def pack_group(
@@ -47,8 +51,11 @@ def pack_group(
     members: list[MemberSpec] = []
     for name, coefficients in factorization.coefficients.items():
         if not members:
-            key = f"{name}.dictionary"
-            tensors[key] = _rounded(key, factorization.dictionary.T, dictionary_dtype_of(value_dtype))
+            try:
+                atoms = pack_dictionary(factorization.dictionary, dictionary_dtype_of(value_dtype))
+            except NumericalError as error:
+                raise NumericalError(f"{name}.dictionary: {error}") from error
+            tensors.update({f"{name}.{local}": tensor for local, tensor in dictionary_tensors(atoms).items()})
         try:
             packed = codec.pack(coefficients.detach(), value_dtype)
         except NumericalError as error:
@@ -70,16 +77,16 @@ def pack_group(
 
 
 def unpack_group(spec: GroupSpec, tensors: Mapping[str, Tensor]) -> SparseFactorization:
-    """Give the factorisation that the tensors of a group hold, in the stored dtypes (bfloat16 for ``bfloat14``).
+    """Give the factorisation that the tensors of a group hold.
+
+    It is in the stored dtypes, but bfloat16 for ``bfloat14`` and float32 for ``int8``.
 
     Raises
     ------
     CheckpointError
         A tensor is missing or does not fit the description; names it.
     """
-    key = f"{spec.name}.dictionary"
-    dictionary = _get(tensors, key)
-    expect(key, dictionary, (spec.n_atoms, spec.in_features), HOLDING_DTYPES[spec.dictionary_dtype])
+    atoms = unpack_dictionary(packed_owner(spec, tensors))
     codec = FORMATS.create(spec.format)
     coefficients = {}
     for member in spec.members:
@@ -87,7 +94,23 @@ def unpack_group(spec: GroupSpec, tensors: Mapping[str, Tensor]) -> SparseFactor
             coefficients[member.name] = codec.unpack(packed_member(spec, member, tensors))
         except CheckpointError as error:
             raise CheckpointError(f"{member.name}.{error}") from error
-    return SparseFactorization(dictionary.T, coefficients)
+    return SparseFactorization(atoms.T, coefficients)
+
+
+def packed_owner(spec: GroupSpec, tensors: Mapping[str, Tensor]) -> PackedDictionary:
+    """Gather the stored dictionary of a group from tensors by checkpoint name and check it.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing or does not fit the description; names it.
+    """
+    names = dictionary_layout(spec.n_atoms, spec.in_features, spec.dictionary_dtype)
+    own = {local: tensors[f"{spec.name}.{local}"] for local in names if f"{spec.name}.{local}" in tensors}
+    try:
+        return packed_dictionary(own, spec.n_atoms, spec.in_features, spec.dictionary_dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{spec.name}.{error}") from error
 
 
 def packed_member(spec: GroupSpec, member: MemberSpec, tensors: Mapping[str, Tensor]) -> PackedCoefficients:
@@ -104,17 +127,10 @@ def group_bits(
     in_features: int, n_atoms: int, out_features: Sequence[int], n_nonzero: int, format: Format, value_dtype: str
 ) -> int:
     """Count the bits of a group's dictionary and coefficients with ``n_nonzero`` non-zeros in every column."""
-    total = VALUE_BITS[dictionary_dtype_of(value_dtype)] * in_features * n_atoms
+    total = dictionary_bits(n_atoms, in_features, dictionary_dtype_of(value_dtype))
     for width in out_features:
         total += format.bits(n_atoms, width, format.count_stored(n_atoms, width, n_nonzero), value_dtype)
     return total
-
-
-def _rounded(name: str, matrix: Tensor, value_dtype: str) -> Tensor:
-    try:
-        return round_values(matrix.detach().contiguous(), value_dtype).contiguous()
-    except NumericalError as error:
-        raise NumericalError(f"{name}: {error}") from error
 
 
 def _count_values(packed: PackedCoefficients) -> int:

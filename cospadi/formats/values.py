@@ -1,18 +1,23 @@
-"""How coefficients are stored: rounding to a value dtype and, for ``bfloat14``, packing four values in seven bytes."""
+"""How coefficients are stored: rounding to a value dtype.
+
+``bfloat14`` has four values in seven bytes, ``int8`` a tensor ``scales`` beside the values.
+"""
 
 import torch
 from torch import Tensor
 
 from cospadi.errors import CheckpointError, NumericalError, UsageError
 from cospadi.formats.base import VALUE_BITS, PackedCoefficients
+from cospadi.formats.quantization import SCALE_BITS, check_quantized, check_scales, dequantize_rows, quantize_rows
 
 HOLDING_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
     "bfloat14": torch.bfloat16,
+    "int8": torch.int8,
 }
-"""The torch dtype that holds a value of each value dtype exactly."""
+"""The torch dtype that holds a value of each value dtype exactly; for ``int8`` without its scale."""
 
 _CODE = (1 << 14) - 1
 _EXPONENT = 0x1FE0
@@ -34,14 +39,14 @@ def require_value_dtype(value_dtype: str, offered: tuple[str, ...], format_name:
 
 
 def round_values(values: Tensor, value_dtype: str) -> Tensor:
-    """Round to nearest even in a value dtype.
+    """Round to nearest even in a floating value dtype.
 
     Parameters
     ----------
     values : Tensor, any shape, floating
         float64 passes through float32.
     value_dtype : str
-        A key of ``VALUE_BITS``.
+        A key of ``VALUE_BITS``, not ``int8``.
 
     Returns
     -------
@@ -74,6 +79,42 @@ def round_values(values: Tensor, value_dtype: str) -> Tensor:
     return rounded
 
 
+def encode_rows(rows: Tensor, value_dtype: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Round S^T, shape (out_features, n_atoms), for storage.
+
+    Returns
+    -------
+    Tensor, same shape
+        In the holding dtype.
+    dict of str to Tensor
+        What is stored besides: ``scales`` for ``int8``, else nothing.
+
+    Raises
+    ------
+    NumericalError
+        A value overflows the dtype or is not finite.
+    """
+    if value_dtype != "int8":
+        return round_values(rows, value_dtype), {}
+    values, scales = quantize_rows(rows)
+    return values, {"scales": scales}
+
+
+def decode_rows(rows: Tensor, packed: PackedCoefficients) -> Tensor:
+    """Give S^T from S^T in the holding dtype: for ``int8`` times the scales, in float32."""
+    return dequantize_rows(rows, packed.tensors["scales"]) if packed.value_dtype == "int8" else rows
+
+
+def scales_layout(out_features: int, value_dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Give ``scales`` with shape and dtype for ``int8``, else nothing."""
+    return {"scales": ((out_features,), torch.float32)} if value_dtype == "int8" else {}
+
+
+def scales_bits(out_features: int, value_dtype: str) -> int:
+    """Count the bits of the scales."""
+    return SCALE_BITS * out_features if value_dtype == "int8" else 0
+
+
 def stored_layout(shape: tuple[int, ...], value_dtype: str) -> tuple[tuple[int, ...], torch.dtype]:
     """Give shape and dtype of the tensor that stores values of a shape."""
     if value_dtype != "bfloat14":
@@ -100,23 +141,30 @@ def read_values(stored: Tensor, shape: tuple[int, ...], value_dtype: str) -> Ten
     Raises
     ------
     CheckpointError
-        The tensor has the wrong shape or dtype for values of this shape, or 14-bit values have padding bits set or are
-        not finite.
+        The tensor has the wrong shape or dtype for values of this shape, 14-bit values have padding bits set or are
+        not finite, or an 8-bit value is -128.
     """
     expect("values", stored, *stored_layout(shape, value_dtype))
+    if value_dtype == "int8":
+        check_quantized("values", stored)
     return _unpack14(stored, shape) if value_dtype == "bfloat14" else stored
 
 
 def tensors_of(packed: PackedCoefficients, *names: str) -> list[Tensor]:
-    """Give the tensors of these local names, which must be all there are.
+    """Give the tensors of these local names, which must be all there are but for the scales, which are checked.
 
     Raises
     ------
     CheckpointError
-        One is missing or unknown.
+        One is missing or unknown, or the scales are not such as ``quantize_rows`` gives.
     """
-    if set(packed.tensors) != set(names):
-        raise CheckpointError(f"found tensors {sorted(packed.tensors)}, expected {sorted(names)}")
+    scales = scales_layout(packed.out_features, packed.value_dtype)
+    expected = {*names, *scales}
+    if set(packed.tensors) != expected:
+        raise CheckpointError(f"found tensors {sorted(packed.tensors)}, expected {sorted(expected)}")
+    for name, (shape, dtype) in scales.items():
+        expect(name, packed.tensors[name], shape, dtype)
+        check_scales(name, packed.tensors[name])
     return [packed.tensors[name] for name in names]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from cospadi.errors import CheckpointError
 from cospadi.formats.base import FORMATS
 from cospadi.formats.checkpoint import INDEX, SINGLE, CheckpointConfig, expected_tensors
-from cospadi.formats.packing import packed_member
+from cospadi.formats.packing import packed_member, packed_owner
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 100_000_000
@@ -195,6 +195,11 @@ def verify_checkpoint(folder: str | Path, contents: bool = True) -> CheckpointCo
                 keys = list(expected_tensors(group))
                 for key in keys:
                     reader.check_finite(key)
+                owned = {key: reader[key] for key in keys if key.startswith(f"{group.name}.dictionary")}
+                try:
+                    packed_owner(group, owned)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{tensors[keys[0]].file}: tensor {error}") from error
                 for member in group.members:
                     own = {key: reader[key] for key in keys if key.rpartition(".")[0] == member.name}
                     try:

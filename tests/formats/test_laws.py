@@ -12,7 +12,10 @@ from cospadi.formats.bitmask import count_bits, pack_bits, unpack_bits
 from cospadi.formats.packing import group_bits, pack_group, unpack_group
 from cospadi.formats.values import HOLDING_DTYPES
 
+from .references import nearest_whole
+
 CASES = [(f, v) for f in ("bitmask", "csr", "dense") for v in VALUE_BITS if (f, v) != ("csr", "bfloat14")]
+UNPACKED_DTYPES = HOLDING_DTYPES | {"int8": torch.float32}
 PROFILE = settings(max_examples=25, deadline=None)
 
 
@@ -32,6 +35,8 @@ def coefficients(draw):
 
 def nearest_even(matrix, value_dtype):
     """Round one by one: of the two neighbours in the dtype the nearer, of two equally near the even one."""
+    if value_dtype == "int8":
+        return nearest_whole(matrix.T)[2].T
     if value_dtype != "bfloat14":
         return matrix.to(HOLDING_DTYPES[value_dtype])
     rounded = []
@@ -56,7 +61,7 @@ def test_unpack_of_pack_is_the_rounded_matrix(name, value_dtype, matrix):
     codec.check(packed)
     assert torch.equal(matrix, before)
     unpacked = codec.unpack(packed)
-    assert unpacked.dtype == HOLDING_DTYPES[value_dtype]
+    assert unpacked.dtype == UNPACKED_DTYPES[value_dtype]
     assert torch.equal(unpacked, nearest_even(matrix, value_dtype))
 
 
@@ -75,6 +80,27 @@ def test_packing_again_gives_the_same_tensors_of_the_promised_layout(name, value
     bits = codec.bits(*matrix.shape, n_stored, value_dtype)
     stored = 8 * sum(t.nbytes for t in packed.tensors.values())
     assert 0 <= stored - bits < 8 * len(packed.tensors)
+
+
+@pytest.mark.parametrize(("name", "value_dtype"), CASES)
+@given(matrix=coefficients(), seed=st.integers(0, 2**31))
+@PROFILE
+def test_gather_takes_what_unpack_puts(name, value_dtype, matrix, seed):
+    """Every place that is stored is taken once, in the order of the values; other entries do not matter."""
+    codec = FORMATS.create(name)
+    packed = codec.pack(matrix, value_dtype)
+    unpacked = codec.unpack(packed)
+    generator = torch.Generator().manual_seed(seed)
+    other = torch.randn(matrix.shape, generator=generator)
+    stored = torch.ones(matrix.shape, dtype=torch.bool) if name == "dense" else unpacked != 0
+    gathered = codec.gather(packed, torch.where(stored, other, torch.nan))
+    columns = [column[kept] for column, kept in zip(other.T, stored.T, strict=True)]
+    assert torch.equal(gathered.reshape(-1), torch.cat(columns))
+    if value_dtype == "int8":
+        scales = codec.gather(packed, packed.tensors["scales"].expand(matrix.shape))
+        assert torch.equal(codec.gather(packed, unpacked), packed.tensors["values"] * scales)
+    elif value_dtype != "bfloat14":
+        assert torch.equal(codec.gather(packed, unpacked), packed.tensors["values"])
 
 
 @pytest.mark.parametrize(("name", "value_dtype"), CASES)
@@ -123,6 +149,13 @@ def test_an_entry_that_rounds_to_zero_is_not_stored():
     assert packed.tensors["mask"].tolist() == [[2]]
 
 
+def test_an_entry_that_is_no_multiple_of_its_scale_is_not_stored():
+    for name in ("bitmask", "csr"):
+        packed = FORMATS.create(name).pack(torch.tensor([[127.0], [0.5], [-0.5], [0.51]]), "int8")
+        assert packed.tensors["values"].tolist() == [127, 1]
+        assert packed.tensors["scales"].tolist() == [1.0]
+
+
 def test_csr_says_that_it_stores_no_14_bit_values():
     with pytest.raises(UsageError, match="'csr' does not store 'bfloat14'"):
         FORMATS.create("csr").pack(torch.ones(2, 2), "bfloat14")
@@ -161,6 +194,18 @@ GOLDEN = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.5, 3.0]])
             {"values": "003c003800c00042", "columns": "0000020001000200", "row_pointers": "000000000200000004000000"},
         ),
         ("dense", "float16", {"values": "003c00000038000000c00042"}),
+        ("bitmask", "int8", {"values": "7f40ab7f", "mask": "0506", "scales": "0002013c0083c13c"}),
+        (
+            "csr",
+            "int8",
+            {
+                "values": "7f40ab7f",
+                "columns": "0000020001000200",
+                "row_pointers": "000000000200000004000000",
+                "scales": "0002013c0083c13c",
+            },
+        ),
+        ("dense", "int8", {"values": "7f004000ab7f", "scales": "0002013c0083c13c"}),
     ],
 )
 def test_the_bytes_are_those_of_the_documentation(name, value_dtype, expected):
@@ -189,6 +234,24 @@ DAMAGE = {
     "pointers that descend": ("csr", "bfloat16", "row_pointers", lambda t: t * torch.tensor([1, 3, 1], dtype=t.dtype)),
     "pointers that start late": ("csr", "bfloat16", "row_pointers", lambda t: t.clamp(min=1)),
     "pointers that stop early": ("csr", "bfloat16", "row_pointers", lambda t: t.clamp(max=3)),
+    "a mask that counts more 8-bit values": ("bitmask", "int8", "mask", lambda t: t | 1),
+    "8-bit values of another dtype": ("dense", "int8", "values", lambda t: t.float()),
+    "scales of another dtype": ("dense", "int8", "scales", lambda t: t.bfloat16()),
+    "scales of another shape": ("csr", "int8", "scales", lambda t: t[:1]),
+    "one scale for all": ("bitmask", "int8", "scales", lambda t: t[0]),
+} | {
+    f"{what}, {name}": (name, "int8", key, change)
+    for name in ("bitmask", "csr", "dense")
+    for what, key, change in [
+        ("the value -128", "values", lambda t: torch.where(t == -85, -128, t).to(torch.int8)),
+        ("a scale that is NaN", "scales", lambda t: t * torch.nan),
+        ("an infinite scale", "scales", lambda t: t / 0),
+        ("a negative scale", "scales", lambda t: -t),
+        ("a scale of zero", "scales", lambda t: t * 0),
+        ("a subnormal scale", "scales", lambda t: torch.full_like(t, 2.0**-127)),
+        ("a scale whose products overflow", "scales", lambda t: torch.full_like(t, 33027 * 2.0**106)),
+        ("a scale of 17 significant bits", "scales", lambda t: torch.full_like(t, 1 + 2.0**-16)),
+    ]
 }
 
 
@@ -222,8 +285,13 @@ def test_a_group_survives_packing(name, value_dtype):
     assert "a.k.dictionary" not in tensors
     held = getattr(torch, spec.dictionary_dtype)
     assert (tensors["a.q.dictionary"].shape, tensors["a.q.dictionary"].dtype) == ((10, 5), held)
+    assert ("a.q.dictionary_scales" in tensors) == (value_dtype == "int8")
     back = unpack_group(spec, tensors)
-    assert torch.equal(back.dictionary, group.dictionary.to(held))
+    expected = nearest_whole(group.dictionary.T)[2].T if value_dtype == "int8" else group.dictionary.to(held)
+    assert (back.dictionary.dtype, back.dictionary.tolist()) == (expected.dtype, expected.tolist())
+    again = pack_group(back, name, value_dtype, {"a.k": bias}, shared_input=True)
+    assert (again[0], again[1].keys()) == (spec, tensors.keys())
+    assert all(torch.equal(again[1][key], tensors[key]) for key in tensors)
     for member in group.coefficients:
         assert torch.equal(back.coefficients[member], nearest_even(group.coefficients[member], value_dtype))
     with pytest.raises(CheckpointError, match=r"a\.q\.dictionary: missing"):
