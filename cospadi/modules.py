@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cospadi.backends.base import BACKENDS, Backend, Placement
-from cospadi.backends.sharing import Group, Prepared, prepare
+from cospadi.backends.base import BACKENDS, Placement
+from cospadi.backends.bundle import Group
+from cospadi.backends.dense_products import placed, unpacked
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.factorization import GroupSpec, MemberSpec
-from cospadi.formats.base import FORMATS, PackedCoefficients
+from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
 from cospadi.formats.checkpoint import CheckpointConfig
+from cospadi.formats.dictionary import dictionary_layout
 from cospadi.layers import is_linear, weight_matrix
 
 
@@ -19,7 +21,10 @@ class SparseLinear(nn.Module):
 
     What a backend needs is made on the first call for the device and dtype of x, and again when the layer has moved or
     its tensors have changed.  Conversions such as ``half()`` leave D and S as stored; only the bias follows.  Changes
-    through ``.data`` go unnoticed; call ``forget`` after them.  Call the layer once before compiling it.
+    through ``.data`` go unnoticed; call ``forget`` after them.
+
+    The factors are frozen.  After ``requires_grad_()`` on ``dictionary`` or ``values`` gradients reach them too (not in
+    8 or 14 bits, which hold integers), on the support that is stored.
 
     Parameters
     ----------
@@ -27,8 +32,6 @@ class SparseLinear(nn.Module):
         Shared by the members; made by ``build_group``.
     member : MemberSpec
         Which of the members this is.
-    backend : str
-        Registry name.
     device : torch.device, optional
         Where to make the empty tensors.
     bias_dtype : torch.dtype, optional
@@ -37,7 +40,9 @@ class SparseLinear(nn.Module):
     Attributes
     ----------
     dictionary : Parameter, shape (n_atoms, in_features)
-        In the first member of the group only.
+        In the first member of the group only; for 8-bit factors a buffer, with ``dictionary_scales``.
+    coefficient_names, dictionary_names : tuple of str
+        Of the tensors that hold S, and, in the first member of the group, D.
     bias : Parameter, shape (out_features,), or None
     """
 
@@ -48,7 +53,6 @@ class SparseLinear(nn.Module):
         self,
         group: Group,
         member: MemberSpec,
-        backend: str = "auto",
         device: torch.device | str | None = None,
         bias_dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,24 +62,29 @@ class SparseLinear(nn.Module):
         self.in_features, self.out_features, self.n_atoms = spec.in_features, member.out_features, spec.n_atoms
         self.replaced: type[nn.Module] = nn.Linear
         self._group = group
-        self._prepared: Prepared | None = None
-        if group.owner is None:
-            group.owner = self
-            held = getattr(torch, spec.dictionary_dtype)
-            self.dictionary = _frozen(torch.empty(spec.n_atoms, spec.in_features, dtype=held, device=device))
+        self._bundle, self._index = group.join(self)
+        self.dictionary_names: tuple[str, ...] = ()
+        if group.owner is self:
+            layout = dictionary_layout(spec.n_atoms, spec.in_features, spec.dictionary_dtype)
+            self.dictionary_names = tuple(layout)
+            self._hold(layout, device)
         layout = FORMATS.create(spec.format).layout(
             spec.n_atoms, member.out_features, member.n_stored, spec.value_dtype
         )
-        self._local_names = tuple(layout)
-        for local, (shape, dtype) in layout.items():
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            if dtype.is_floating_point:
-                self.register_parameter(local, _frozen(tensor))
-            else:
-                self.register_buffer(local, tensor)
+        self.coefficient_names = tuple(layout)
+        self._hold(layout, device)
         bias = torch.empty(member.out_features, dtype=bias_dtype, device=device) if member.bias else None
         self.register_parameter("bias", None if bias is None else _frozen(bias))
-        self.use_backend(backend)
+
+    def _hold(self, layout: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str | None) -> None:
+        """Register empty tensors: what is made of integers, and the scales beside them, as buffers."""
+        trainable = not any("scales" in name for name in layout)
+        for name, (shape, dtype) in layout.items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            if dtype.is_floating_point and trainable:
+                self.register_parameter(name, _frozen(tensor))
+            else:
+                self.register_buffer(name, tensor)
 
     @property
     def owner(self) -> "SparseLinear":
@@ -85,22 +94,22 @@ class SparseLinear(nn.Module):
     @property
     def backend(self) -> str:
         """Name of the backend that multiplies."""
-        return self._backend.name
+        return self._bundle.backend.name
 
     def use_backend(self, name: str) -> None:
-        """Choose the backend, by its registry name."""
-        self._backend: Backend = BACKENDS.create(name)
+        """Choose the backend, by its registry name, for this layer and those that run together with it."""
+        self._bundle.backend = BACKENDS.create(name)
         self.forget()
 
     def forget(self) -> None:
         """Drop what the backend has prepared; it is made again on the next call."""
-        self._prepared = None
+        self._bundle.forget()
         self._group.forget()
 
     def packed(self) -> PackedCoefficients:
         """Give the stored coefficients, without copying them."""
         spec = self._group.spec
-        tensors = {local: getattr(self, local) for local in self._local_names}
+        tensors = {local: getattr(self, local) for local in self.coefficient_names}
         return PackedCoefficients(spec.format, self.n_atoms, self.out_features, spec.value_dtype, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,34 +124,20 @@ class SparseLinear(nn.Module):
         Tensor, shape (..., out_features)
             In the dtype of x.
         """
-        placement = Placement(x.device, x.dtype)
-        coefficients = self._coefficients(placement)
-        dictionary = self._group.dictionary(self._backend, placement)
-        z = self._group.project(self._backend, dictionary, x, self.member.name)
-        y = self._backend.combine(coefficients, z)
+        y = self._bundle.linear(x, self._index)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _coefficients(self, placement: Placement) -> Any:
-        sources = tuple(getattr(self, local) for local in self._local_names)
-        if self._prepared is None or not self._prepared.fits(self.backend, placement, sources):
-            packed = self.packed()
-            state = self._backend.supports(packed, placement)
-            if not state:
-                raise UnavailableError(f"{self.member.name}: backend {self.backend!r} cannot run: {state.reason}")
-            try:
-                make = self._backend.prepare_coefficients
-                self._prepared = prepare(make, packed, self.backend, placement, sources)
-            except CheckpointError as error:
-                raise CheckpointError(f"{self.member.name}.{error}") from error
-        return self._prepared.state
+    def packed_dictionary(self) -> PackedDictionary:
+        """Give the stored dictionary, without copying it."""
+        owner = self.owner
+        return PackedDictionary(*(getattr(owner, name) for name in owner.dictionary_names))
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Multiply out, in float32 or better: the weight, shape (out_features, in_features), as in ``nn.Linear``."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        packed = self.packed()
-        rows = FORMATS.create(packed.format).unpack(packed).T
+        placement = Placement(self.owner.dictionary.device, exact)
         with torch.no_grad():
-            return (rows.to(exact) @ self.owner.dictionary.to(rows.device, exact)).to(dtype)
+            return (unpacked(self.packed(), placement) @ placed(self.packed_dictionary(), placement)).to(dtype)
 
     def to_dense_module(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Give a dense layer of the class that this one replaced (``nn.Linear`` or the ``Conv1D`` of transformers).
@@ -150,9 +145,10 @@ class SparseLinear(nn.Module):
         Parameters
         ----------
         dtype : torch.dtype, optional
-            Of its weight and bias; that of the dictionary if not given.
+            Of its weight and bias; if not given that of the dictionary, and float32 for 8-bit factors.
         """
-        dtype = dtype or self.owner.dictionary.dtype
+        held = self.owner.dictionary.dtype
+        dtype = dtype or (held if held.is_floating_point else torch.float32)
         weight = self.to_dense(dtype)
         if issubclass(self.replaced, nn.Linear):
             dense: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -176,8 +172,7 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         """Move, but keep D and S in their stored dtypes: rounding them would be lossy, and x decides the precision."""
-        names = (*self._local_names, "dictionary") if self.owner is self else self._local_names
-        stored = {id(getattr(self, name)) for name in names}
+        stored = {id(getattr(self, name)) for name in (*self.coefficient_names, *self.dictionary_names)}
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -187,9 +182,6 @@ class SparseLinear(nn.Module):
         self.forget()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": None}
-
 
 def build_group(
     spec: GroupSpec,
@@ -198,8 +190,8 @@ def build_group(
     bias_dtype: torch.dtype | None = None,
 ) -> dict[str, SparseLinear]:
     """Make the layers of a group, empty, by name; the first one holds the dictionary."""
-    group = Group(spec)
-    return {member.name: SparseLinear(group, member, backend, device, bias_dtype) for member in spec.members}
+    group = Group(spec, backend)
+    return {member.name: SparseLinear(group, member, device, bias_dtype) for member in spec.members}
 
 
 def install(model: nn.Module, config: CheckpointConfig, backend: str | None = None) -> None:

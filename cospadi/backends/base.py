@@ -1,17 +1,18 @@
 """What a runtime backend takes and gives: y = (x D) S for the layers of one group.
 
-``prepare`` may repack, compile or upload; ``project`` and ``combine`` only run.  The members of a group that shares its
-input compute x D once and combine it with their own coefficients.
+``prepare_*`` may repack, compile or upload; ``multiply`` only runs.  The members of a group that shares its input are
+prepared side by side, so that x D is computed once and all their outputs come from one call.
 """
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from cospadi.formats.base import PackedCoefficients
+from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability, Registry
 
 
@@ -23,11 +24,13 @@ class Placement:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
 class Backend(abc.ABC):
-    """Base of the runtime backends; stateless.
+    """Base of the runtime backends; stateless but for options.
 
-    Law: combine(project(x)) equals x @ D @ S in float64 within the tolerance of the placement's dtype, for any number
-    of tokens, any strides of x and any support, and neither changes its inputs.
+    Laws: ``multiply`` equals x @ D @ S in float64 within the tolerance of the placement's dtype, for any number of
+    tokens and any support; it gives the same bits every time, does not change what it is given, waits for nothing, and
+    takes memory from torch only.  Gradients are not its concern: the operator ``cospadi::linear`` has them.
     """
 
     name: ClassVar[str]
@@ -42,20 +45,30 @@ class Backend(abc.ABC):
         """Tell whether the backend can run these coefficients at this place, with the reason if not."""
 
     @abc.abstractmethod
-    def prepare_dictionary(self, dictionary: Tensor, placement: Placement) -> Any:
-        """Make ready a dictionary given as stored: shape (n_atoms, in_features), atoms as rows."""
+    def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> Any:
+        """Make a dictionary ready."""
 
     @abc.abstractmethod
-    def prepare_coefficients(self, packed: PackedCoefficients, placement: Placement) -> Any:
-        """Make ready the coefficients of one member."""
+    def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> Any:
+        """Make the coefficients of layers that share dictionary and input ready, their columns side by side."""
 
     @abc.abstractmethod
-    def project(self, dictionary: Any, x: Tensor) -> Tensor:
-        """Give z = x D, shape (..., n_atoms), from x of shape (..., in_features)."""
+    def multiply(self, dictionary: Any, coefficients: Any, x: Tensor, member: int | None) -> Tensor:
+        """Give y = (x D) S.
 
-    @abc.abstractmethod
-    def combine(self, coefficients: Any, z: Tensor) -> Tensor:
-        """Give y = z S, shape (..., out_features), from z of shape (..., n_atoms)."""
+        Parameters
+        ----------
+        dictionary, coefficients
+            As prepared for the device and dtype of x.
+        x : Tensor, shape (n_tokens, in_features), contiguous
+        member : int or None
+            Index of the layer that is wanted; None for all, their outputs side by side.
+
+        Returns
+        -------
+        Tensor, shape (n_tokens, out_features), contiguous
+            New, in the dtype of x.
+        """
 
 
 BACKENDS: Registry[Backend] = Registry("cospadi.backends", "backend")

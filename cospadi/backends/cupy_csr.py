@@ -4,21 +4,23 @@ cupy has no bfloat16 or float16 sparse matrices, so values are float32 (float64 
 at the usual density of one half that is twice the bytes of a dense bfloat16 S.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cospadi.arrays import cupy_availability
 from cospadi.backends.base import Backend, Placement
-from cospadi.backends.dense_products import gpu_support, multiply, placed, unpacked
-from cospadi.formats.base import PackedCoefficients
+from cospadi.backends.dense_products import gpu_support, placed, unpacked
+from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
 
 @final
 class CupyBackend(Backend):
-    """x D by torch, z S by cupy, exchanged without copies through DLPack."""
+    """x D by torch, z S by cupy, exchanged without copies through DLPack; cupy takes memory from its own pool."""
 
     name: ClassVar[str] = "cupy"
 
@@ -31,53 +33,39 @@ class CupyBackend(Backend):
         """Accept every floating dtype on a CUDA device."""
         return gpu_support(placement)
 
-    def prepare_dictionary(self, dictionary: Tensor, placement: Placement) -> Tensor:
+    def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> Tensor:
         """Convert to the dtype of x."""
         return placed(dictionary, placement)
 
-    def prepare_coefficients(self, packed: PackedCoefficients, placement: Placement) -> Any:
-        """Make S^T a cupy CSR matrix."""
+    def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> list[Any]:
+        """Make S^T of each layer a cupy CSR matrix."""
         import cupy
         from cupyx.scipy.sparse import csr_matrix
 
-        dtype = torch.float64 if placement.dtype == torch.float64 else torch.float32
-        rows = unpacked(packed, Placement(placement.device, dtype))
-        with _on_stream_of(rows):
-            return csr_matrix(cupy.from_dlpack(rows))
+        matrices = []
+        for packed in members:
+            rows = unpacked(packed, Placement(placement.device, _exact(placement.dtype)))
+            with _on_stream_of(rows):
+                matrices.append(csr_matrix(cupy.from_dlpack(rows)))
+        return matrices
 
-    def project(self, dictionary: Tensor, x: Tensor) -> Tensor:
-        """Multiply by the dense dictionary."""
-        return multiply(x, dictionary)
-
-    def combine(self, coefficients: Any, z: Tensor) -> Tensor:
-        """Multiply by the sparse coefficients, in float32 for the 16-bit dtypes."""
-        flat = z.reshape(-1, z.shape[-1])
-        exact = flat.to(torch.float64 if z.dtype == torch.float64 else torch.float32).contiguous()
-        y = _Multiply.apply(exact, coefficients)
-        return y.to(z.dtype).reshape(*z.shape[:-1], y.shape[-1])
+    def multiply(self, dictionary: Tensor, coefficients: list[Any], x: Tensor, member: int | None) -> Tensor:
+        """Multiply by the dense dictionary, then by the sparse coefficients, in float32 for the 16-bit dtypes."""
+        z = functional.linear(x, dictionary).to(_exact(x.dtype))
+        matrices = coefficients if member is None else [coefficients[member]]
+        return torch.cat([_product(matrix, z) for matrix in matrices], dim=1).to(x.dtype)
 
 
-class _Multiply(torch.autograd.Function):
-    """z S with S^T in compressed rows; the gradient is that of z alone."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, rows: Any) -> Tensor:
-        ctx.rows = rows
-        return _product(rows, z)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _product(ctx.rows.T, gradient.contiguous()), None
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _product(matrix: Any, z: Tensor) -> Tensor:
     """Give (matrix z^T)^T; z^T is column-major, which is what cuSPARSE reads, so nothing is copied on the way in."""
     import cupy
 
-    if z.shape[0] == 0:
-        return z.new_zeros(0, matrix.shape[0])
     with _on_stream_of(z):
-        return torch.from_dlpack((matrix @ cupy.from_dlpack(z.detach()).T).T).contiguous()
+        return torch.from_dlpack((matrix @ cupy.from_dlpack(z).T).T)
 
 
 def _on_stream_of(tensor: Tensor) -> Any:

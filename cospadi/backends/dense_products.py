@@ -1,5 +1,8 @@
 """The two dense products x D and z S, which several backends share."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import final
 
 import torch
@@ -7,39 +10,64 @@ from torch import Tensor
 from torch.nn import functional
 
 from cospadi.backends.base import Backend, Placement
-from cospadi.formats.base import FORMATS, PackedCoefficients
+from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
+from cospadi.formats.dictionary import unpack_dictionary
 from cospadi.registry import Availability
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class DenseCoefficients:
+    """S^T of several layers with its zeros, one below the other.
+
+    Attributes
+    ----------
+    rows : Tensor, shape (out_features of all, n_atoms)
+    ends : tuple of int
+        Rows up to and including each layer.
+    """
+
+    rows: Tensor
+    ends: tuple[int, ...]
+
+    def of(self, member: int | None) -> Tensor:
+        """Give the rows of one layer, or all."""
+        if member is None:
+            return self.rows
+        return self.rows[self.ends[member - 1] if member else 0 : self.ends[member]]
 
 
 class DenseProducts(Backend):
     """Base of the backends that hold S with its zeros and multiply twice in the dtype of x."""
 
     @final
-    def prepare_dictionary(self, dictionary: Tensor, placement: Placement) -> Tensor:
+    def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> Tensor:
         """Convert to the dtype of x."""
         return placed(dictionary, placement)
 
     @final
-    def prepare_coefficients(self, packed: PackedCoefficients, placement: Placement) -> Tensor:
+    def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> DenseCoefficients:
         """Unpack S with its zeros."""
-        return unpacked(packed, placement)
+        return dense_coefficients(members, placement)
 
     @final
-    def project(self, dictionary: Tensor, x: Tensor) -> Tensor:
-        """Multiply by the dense dictionary."""
-        return multiply(x, dictionary)
-
-    @final
-    def combine(self, coefficients: Tensor, z: Tensor) -> Tensor:
-        """Multiply by the dense coefficients."""
-        return multiply(z, coefficients)
+    def multiply(self, dictionary: Tensor, coefficients: DenseCoefficients, x: Tensor, member: int | None) -> Tensor:
+        """Multiply by the dense dictionary, then by the dense coefficients."""
+        return functional.linear(functional.linear(x, dictionary), coefficients.of(member))
 
 
-def placed(matrix: Tensor, placement: Placement) -> Tensor:
-    """Give a stored (out, in) matrix at its place; a dtype change happens there, where it is fast."""
-    return matrix.detach().to(placement.device).to(placement.dtype).contiguous()
+def placed(dictionary: PackedDictionary, placement: Placement) -> Tensor:
+    """Give a dictionary, atoms as rows, at its place; conversions happen there, where they are fast."""
+    values, scales = dictionary.values.detach().to(placement.device), dictionary.scales
+    there = PackedDictionary(values, None if scales is None else scales.detach().to(placement.device))
+    return unpack_dictionary(there).to(placement.dtype).contiguous()
+
+
+def dense_coefficients(members: Sequence[PackedCoefficients], placement: Placement) -> DenseCoefficients:
+    """Unpack layers at their place."""
+    rows = [unpacked(packed, placement) for packed in members]
+    return DenseCoefficients(torch.cat(rows), tuple(accumulate(packed.out_features for packed in members)))
 
 
 def unpacked(packed: PackedCoefficients, placement: Placement) -> Tensor:
@@ -48,11 +76,6 @@ def unpacked(packed: PackedCoefficients, placement: Placement) -> Tensor:
     at_place = PackedCoefficients(packed.format, packed.n_atoms, packed.out_features, packed.value_dtype, tensors)
     rows = FORMATS.create(packed.format).unpack(at_place).T
     return rows.to(placement.dtype).contiguous()
-
-
-def multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply by the transpose of an (out, in) matrix."""
-    return functional.linear(x, matrix)
 
 
 def gpu_support(placement: Placement) -> Availability:

@@ -1,15 +1,17 @@
 """torch with compressed sparse rows where that is faster, and with dense coefficients elsewhere."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cospadi.backends.base import Backend, Placement
-from cospadi.backends.dense_products import float_support, multiply, placed, unpacked
-from cospadi.formats.base import PackedCoefficients
+from cospadi.backends.dense_products import DenseCoefficients, dense_coefficients, float_support, placed
+from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
 SPARSE_DENSITY = 0.2
@@ -20,12 +22,9 @@ _SPARSE_DTYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class SparseRows:
-    """S^T as compressed sparse rows, held as plain tensors since torch.compile refuses sparse ones."""
+    """S^T of each layer as compressed sparse rows."""
 
-    pointers: Tensor
-    columns: Tensor
-    values: Tensor
-    n_atoms: int
+    layers: tuple[Tensor, ...]
 
 
 @final
@@ -54,75 +53,43 @@ class TorchBackend(Backend):
             )
         return float_support(placement)
 
-    def prepare_dictionary(self, dictionary: Tensor, placement: Placement) -> Tensor:
+    def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> Tensor:
         """Convert to the dtype of x."""
         return placed(dictionary, placement)
 
-    def prepare_coefficients(self, packed: PackedCoefficients, placement: Placement) -> Tensor | SparseRows:
+    def prepare_coefficients(
+        self, members: Sequence[PackedCoefficients], placement: Placement
+    ) -> DenseCoefficients | SparseRows:
         """Choose between compressed rows and dense coefficients."""
-        rows = unpacked(packed, placement)
+        dense = dense_coefficients(members, placement)
         if self.coefficients == "dense" or not _sparse_works(placement):
-            return rows
-        count = int((rows != 0).sum())
-        if self.coefficients == "auto" and count > SPARSE_DENSITY * rows.numel():
-            return rows
-        with warnings.catch_warnings():
-            # torch announces once that sparse CSR is in beta; the layout used here has been stable since 1.13.
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-            sparse = rows.to_sparse_csr()
-        # 32-bit indices are read faster than 64-bit ones.
-        index = torch.int32 if count < 2**31 else torch.int64
-        # Copies, since views of a sparse tensor would drag it into torch.compile.
-        return SparseRows(
-            sparse.crow_indices().to(index, copy=True),
-            sparse.col_indices().to(index, copy=True),
-            sparse.values().clone(),
-            packed.n_atoms,
-        )
+            return dense
+        count = int((dense.rows != 0).sum())
+        if self.coefficients == "auto" and count > SPARSE_DENSITY * dense.rows.numel():
+            return dense
+        return SparseRows(tuple(_compressed(dense.of(member)) for member in range(len(members))))
 
-    def project(self, dictionary: Tensor, x: Tensor) -> Tensor:
-        """Multiply by the dense dictionary."""
-        return multiply(x, dictionary)
+    def multiply(
+        self, dictionary: Tensor, coefficients: DenseCoefficients | SparseRows, x: Tensor, member: int | None
+    ) -> Tensor:
+        """Multiply by the dense dictionary, then by the coefficients as they were prepared."""
+        z = functional.linear(x, dictionary)
+        if isinstance(coefficients, DenseCoefficients):
+            return functional.linear(z, coefficients.of(member))
+        layers = coefficients.layers if member is None else (coefficients.layers[member],)
+        return torch.cat([layer @ z.T for layer in layers]).T.contiguous()
 
-    def combine(self, coefficients: Tensor | SparseRows, z: Tensor) -> Tensor:
-        """Multiply by the coefficients as they were prepared."""
-        if isinstance(coefficients, Tensor):
-            return multiply(z, coefficients)
-        c = coefficients
-        flat = z.reshape(-1, z.shape[-1])
-        y = torch.ops.cospadi.multiply_rows(c.pointers, c.columns, c.values, flat)
-        return y.reshape(*z.shape[:-1], y.shape[-1])
+
+def _compressed(rows: Tensor) -> Tensor:
+    """Give compressed sparse rows with 32-bit indices, which are read faster than 64-bit ones."""
+    with warnings.catch_warnings():
+        # torch announces once that sparse CSR is in beta; the layout used here has been stable since 1.13.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        sparse = rows.to_sparse_csr()
+        index = torch.int32 if sparse.values().numel() < 2**31 else torch.int64
+        pointers, columns = sparse.crow_indices().to(index), sparse.col_indices().to(index)
+        return torch.sparse_csr_tensor(pointers, columns, sparse.values(), rows.shape, check_invariants=False)
 
 
 def _sparse_works(placement: Placement) -> bool:
     return placement.device.type == "cpu" and placement.dtype in _SPARSE_DTYPES
-
-
-@torch.library.custom_op("cospadi::multiply_rows", mutates_args=())
-def multiply_rows(pointers: Tensor, columns: Tensor, values: Tensor, z: Tensor) -> Tensor:
-    """Give z S, shape (n_tokens, out_features), from the compressed rows of S^T and z, shape (n_tokens, n_atoms)."""
-    rows = torch.sparse_csr_tensor(
-        pointers, columns, values, (pointers.numel() - 1, z.shape[1]), check_invariants=False
-    )
-    return (rows @ z.T).T.contiguous()
-
-
-@multiply_rows.register_fake
-def _(pointers: Tensor, columns: Tensor, values: Tensor, z: Tensor) -> Tensor:
-    return z.new_empty(z.shape[0], pointers.numel() - 1)
-
-
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.n_atoms = inputs[3].shape[1]  # type: ignore[attr-defined]
-
-
-def _gradient(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[None, None, None, Tensor]:
-    pointers, columns, values = ctx.saved_tensors  # type: ignore[attr-defined]
-    size = (ctx.n_atoms, pointers.numel() - 1)  # type: ignore[attr-defined]
-    # The compressed rows of S^T are the compressed columns of S.
-    coefficients = torch.sparse_csc_tensor(pointers, columns, values, size, check_invariants=False)
-    return None, None, None, (coefficients @ gradient.T).T
-
-
-multiply_rows.register_autograd(_gradient, setup_context=_save)

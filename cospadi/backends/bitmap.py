@@ -1,0 +1,87 @@
+"""The coefficients of layers as kernels read them: a bit mask, values and scales, the layers' columns side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cospadi.formats.base import FORMATS, PackedCoefficients
+from cospadi.formats.bitmask import count_bits
+from cospadi.formats.values import read_values
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """S of one or several layers, column by column.
+
+    Attributes
+    ----------
+    n_atoms : int
+        Rows of S.
+    ends : tuple of int
+        Columns up to and including each layer, so that layer m has the columns ``ends[m - 1]`` to ``ends[m]``.
+    mask : Tensor, shape (out_features, ceil(n_atoms / 8)), uint8
+        One row of bits per column of S, the lowest bit first.
+    values : Tensor, shape (n_stored,), floating or int8
+        Of the bits that are set, column by column, by ascending atom.
+    starts : Tensor, shape (out_features + 1,), int64
+        Where the values of each column begin; the last entry is ``n_stored``.
+    scales : Tensor, shape (out_features,), float32, or None
+        For int8 values: column j is its values times ``scales[j]``.
+    """
+
+    n_atoms: int
+    ends: tuple[int, ...]
+    mask: Tensor
+    values: Tensor
+    starts: Tensor
+    scales: Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        """Number of columns of all layers."""
+        return self.ends[-1]
+
+    def columns(self, member: int | None) -> tuple[int, int]:
+        """Give the first column of a layer and the one after its last (of all layers for None)."""
+        if member is None:
+            return 0, self.ends[-1]
+        return (self.ends[member - 1] if member else 0), self.ends[member]
+
+
+def bitmap_of(members: Sequence[PackedCoefficients], device: torch.device) -> Bitmap:
+    """Join layers stored in any format on a device.
+
+    Raises
+    ------
+    CheckpointError
+        The stored tensors contradict each other.
+    """
+    codec = FORMATS.create("bitmask")
+    masks: list[Tensor] = []
+    values: list[Tensor] = []
+    scales: list[Tensor] = []
+    ends: list[int] = []
+    for packed in members:
+        tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
+        packed = PackedCoefficients(packed.format, packed.n_atoms, packed.out_features, packed.value_dtype, tensors)
+        if packed.format != codec.name:
+            packed = codec.pack(FORMATS.create(packed.format).unpack(packed), packed.value_dtype)
+        codec.check(packed)
+        mask = packed.tensors["mask"]
+        count = int(count_bits(mask).sum())
+        masks.append(mask)
+        values.append(read_values(packed.tensors["values"], (count,), packed.value_dtype))
+        scales += [packed.tensors["scales"]] if "scales" in packed.tensors else []
+        ends.append((ends[-1] if ends else 0) + packed.out_features)
+    mask = torch.cat(masks)
+    counts = torch.cat([count_bits(mask).new_zeros(1), count_bits(mask)])
+    return Bitmap(
+        members[0].n_atoms,
+        tuple(ends),
+        mask,
+        torch.cat(values),
+        counts.cumsum(0),
+        torch.cat(scales) if scales else None,
+    )
