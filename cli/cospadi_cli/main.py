@@ -15,6 +15,7 @@ from cospadi_cli.evaluate import evaluate
 from cospadi_cli.generate import generate
 from cospadi_cli.inspect import inspect
 from cospadi_cli.registries import backends, formats, solvers
+from cospadi_cli.selftest import selftest
 
 PROGRAM = "cospadi-cli"
 
@@ -70,5 +71,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (compress, decompress, demo, evaluate, generate, inspect, solvers, backends, formats):
+for _command in (compress, decompress, demo, evaluate, generate, inspect, selftest, solvers, backends, formats):
     main.add_command(_command)

@@ -1,0 +1,38 @@
+"""K-SVD on other arrays beside the compiled one of numpy."""
+
+import torch
+
+from cospadi.backends.selftest.findings import Check, Findings, guarded
+from cospadi.solvers.base import SOLVERS, Problem
+
+
+def ksvd(name: str, device: torch.device) -> Check:
+    """Compare a K-SVD with the compiled one of numpy on a target that is sparse in a random dictionary."""
+    allowed = 1e-6
+
+    def run(findings: Findings) -> str:
+        state = SOLVERS.availability(name)
+        if not state:
+            return state.reason
+        generator = torch.Generator().manual_seed(0)
+        dictionary = torch.randn(24, 36, generator=generator, dtype=torch.float64)
+        S = torch.randn(36, 300, generator=generator, dtype=torch.float64)
+        S[torch.rand(S.shape, generator=generator).argsort(0) >= 3] = 0
+        target = dictionary @ S
+        # Roundings grow from one alternation to the next: of many, only what they reach can be compared.
+        for n_iter in (1, 6):
+            options = {"n_iter": n_iter, "tolerance": 0.0}
+            ours = SOLVERS.create(name, {**options, "compiled": False}).solve(Problem(target.to(device), 36, 3))
+            theirs = SOLVERS.create("ksvd-numpy", options).solve(Problem(target, 36, 3))
+            found, expected = ((one.dictionary @ one.coefficients).cpu() for one in (ours, theirs))
+            if n_iter == 1:
+                findings.compare(found, expected, allowed, "one alternation")
+                continue
+            errors = [float((target - one).norm() / target.norm()) for one in (found, expected)]
+            findings.cases += 1
+            findings.require(
+                errors[0] <= 1.1 * errors[1] + 0.01, f"{n_iter} alternations: {errors[0]:.4f}, numpy {errors[1]:.4f}"
+            )
+        return ""
+
+    return guarded("K-SVD beside numpy", name, allowed, run)
