@@ -1,48 +1,20 @@
 """The layers of a group at run time: what a backend prepared for them, and outputs that come from one call."""
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cospadi.backends import operator
 from cospadi.backends.base import BACKENDS, Backend, Placement
 from cospadi.backends.dense_products import placed, unpacked
-from cospadi.errors import CheckpointError, UnavailableError
+from cospadi.backends.prepared import Prepared, Sources, prepare
+from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.factorization import GroupSpec
 from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What a backend made of stored tensors, and of which versions of which tensors."""
-
-    state: Any
-    backend: Backend
-    placement: Placement
-    sources: tuple[Tensor, ...]
-    marks: tuple[tuple[int, int], ...]
-
-    def fits(self, backend: Backend, placement: Placement, tensors: Sequence[Tensor]) -> bool:
-        """Tell whether it was made by this backend, for this place and of these tensors as they now are."""
-        if self.backend is not backend or self.placement != placement:
-            return False
-        return all(_mark(tensor) == mark for tensor, mark in zip(tensors, self.marks, strict=True))
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Tell a tensor's memory and state: its address (kept from reuse by whoever holds it) and its count of changes."""
-    return tensor.data_ptr(), _version(tensor)
-
-
-def _prepare(make: Callable[[], Any], backend: Backend, placement: Placement, tensors: Sequence[Tensor]) -> _Prepared:
-    """Let a backend prepare, outside of any gradient or inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        state = make()
-    return _Prepared(state, backend, placement, tuple(tensors), tuple(_mark(tensor) for tensor in tensors))
 
 
 class Group:
@@ -82,15 +54,19 @@ class Group:
 
     def forget(self) -> None:
         """Drop all that can be computed again."""
-        self._prepared: dict[torch.device, _Prepared] = {}
+        self._prepared: dict[torch.device, Prepared] = {}
 
     def dictionary(self, backend: Backend, placement: Placement, tensors: list[Tensor]) -> Any:
         """Give the dictionary as the backend prepares it; one per device is kept."""
         prepared = self._prepared.get(placement.device)
-        if prepared is None or not prepared.fits(backend, placement, tensors):
+        if (
+            prepared is None
+            or prepared.backend != backend
+            or not prepared.fits(prepared.backend, placement.dtype, tensors)
+        ):
             packed = PackedDictionary(*tensors)
-            prepared = _prepare(lambda: backend.prepare_dictionary(packed, placement), backend, placement, tensors)
-            self._prepared[placement.device] = prepared
+            make = functools.partial(backend.prepare_dictionary, packed, placement)
+            prepared = self._prepared[placement.device] = prepare(make, backend, placement.dtype, tensors)
         return prepared.state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,10 +77,15 @@ class Group:
 class _Outputs:
     """The outputs of all layers for the last input, for the layers that have not asked yet."""
 
-    x: Any
+    x: "weakref.ref[Tensor]"
     version: int
-    y: Tensor
+    sources: Sources
+    parts: tuple[Tensor, ...]
     waiting: set[int]
+
+    def belong_to(self, x: Tensor, version: int, tensors: list[Tensor]) -> bool:
+        """Tell whether they are those of this tensor as it now is, by the layers as they now are."""
+        return self.x() is x and self.version == version and self.sources.are(tensors)
 
 
 class Bundle:
@@ -130,8 +111,10 @@ class Bundle:
 
     def forget(self) -> None:
         """Drop all that can be computed again."""
-        self._prepared: dict[torch.device, _Prepared] = {}
+        self._prepared: dict[torch.device, Prepared] = {}
         self._outputs: _Outputs | None = None
+        self._trace: tuple[Tensor, tuple[Tensor, ...], set[int]] | None = None
+        self._kept: list[tuple[dict[str, Any], str]] | None = None
 
     def linear(self, x: Tensor, member: int) -> Tensor:
         """Give the output of one layer.
@@ -139,21 +122,63 @@ class Bundle:
         The outputs of all layers come from one call when they receive this very tensor one after the other, unless
         gradients are recorded, whose graph would have to outlive its use.
         """
-        dictionary = _tensors(self.group.owner, self.group.owner.dictionary_names)
-        stored = [tensor for layer in self.layers for tensor in _tensors(layer, layer.coefficient_names)]
-        product = torch.ops.cospadi.linear.default
-        if len(self.layers) == 1 or (torch.is_grad_enabled() and _needs_gradient(x, *dictionary, *stored)):
-            return product(x, dictionary, stored, self._handle, member)
+        tensors = [place[name] for place, name in self._kept or self._places()]
+        recorded = torch.is_grad_enabled() and _needs_gradient(x, *tensors)
+        alone = recorded or len(self.layers) == 1
+        if torch.compiler.is_compiling():
+            return self._product(x, tensors, member) if alone else self._traced(x, tensors, member)
+        if recorded or not _is_plain(x):
+            return self._product(x, tensors, member)
+        if alone:
+            return self.run(x, tensors[: self._n_dictionary], tensors[self._n_dictionary :], member)
         last = self._outputs
-        if last is None or member not in last.waiting or not _same(last, x):
-            y = product(x, dictionary, stored, self._handle, -1)
-            last = self._outputs = _remember(x, y, len(self.layers))
-        y = last.y
+        version = 0 if x.is_inference() else x._version
+        if last is None or member not in last.waiting or not last.belong_to(x, version, tensors):
+            y = self.run(x, tensors[: self._n_dictionary], tensors[self._n_dictionary :], -1)
+            sources = self._prepared[x.device].sources
+            last = self._outputs = _Outputs(
+                weakref.ref(x), version, sources, y.split(self._widths, -1), self._members()
+            )
         last.waiting.discard(member)
         if not last.waiting:
             self._outputs = None
-        start = sum(layer.out_features for layer in self.layers[:member])
-        return y[..., start : start + self.layers[member].out_features]
+        return last.parts[member]
+
+    def _traced(self, x: Tensor, tensors: list[Tensor], member: int) -> Tensor:
+        """Give the output of one layer while torch.compile traces.
+
+        A trace can hold neither weak references nor versions, and needs neither: layers are joined only where the model
+        was seen to pass them one unchanged tensor.
+        """
+        last = self._trace
+        if last is None or last[0] is not x or member not in last[2]:
+            y = self._product(x, tensors, -1)
+            last = self._trace = (x, torch.split_with_sizes(y, self._widths, -1), self._members())
+        last[2].discard(member)
+        if not last[2]:
+            self._trace = None
+        return last[1][member]
+
+    def _members(self) -> set[int]:
+        return set(range(len(self.layers)))
+
+    def _product(self, x: Tensor, tensors: list[Tensor], member: int) -> Tensor:
+        dictionary, stored = tensors[: self._n_dictionary], tensors[self._n_dictionary :]
+        return torch.ops.cospadi.linear.default(x, dictionary, stored, self._handle, member)
+
+    def _places(self) -> list[tuple[dict[str, Any], str]]:
+        """Give where the tensors of D and S are kept: reading them as attributes of the modules takes much longer."""
+        if self._kept is None:
+            owner = self.group.owner
+            named = [(owner, owner.dictionary_names), *((layer, layer.coefficient_names) for layer in self.layers)]
+            self._n_dictionary = len(owner.dictionary_names)
+            self._widths = [layer.out_features for layer in self.layers]
+            self._kept = [
+                (layer._parameters if name in layer._parameters else layer._buffers, name)
+                for layer, names in named
+                for name in names
+            ]
+        return self._kept
 
     def width(self, member: int) -> int:
         """Give the output features of one layer, or of all for -1."""
@@ -162,18 +187,23 @@ class Bundle:
 
     def run(self, x: Tensor, dictionary: list[Tensor], stored: list[Tensor], member: int) -> Tensor:
         """Multiply; see ``cospadi::linear``."""
-        placement = Placement(x.device, x.dtype)
         prepared = self._prepared.get(x.device)
-        if prepared is None or not prepared.fits(self.backend, placement, stored):
-            prepared = self._prepared[x.device] = self._prepare(placement, stored)
-        ready = self.group.dictionary(self.backend, placement, dictionary)
-        flat = x.reshape(-1, x.shape[-1])
+        if prepared is None or not prepared.fits(self.backend, x.dtype, dictionary + stored):
+            prepared = self._prepared[x.device] = self._prepare(Placement(x.device, x.dtype), dictionary, stored)
+        ready, coefficients = prepared.state
+        if x.shape[-1:] != (self.group.spec.in_features,):
+            # Kernels take it for granted and would read beyond the input.
+            raise UsageError(
+                f"{self.layers[max(member, 0)].member.name}: the input has shape {tuple(x.shape)}, "
+                f"its last dimension must be in_features={self.group.spec.in_features}"
+            )
+        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         if not flat.shape[0]:
             return x.new_zeros((*x.shape[:-1], self.width(member)))
-        y = self.backend.multiply(ready, prepared.state, flat.contiguous(), None if member < 0 else member)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y = self.backend.multiply(ready, coefficients, flat.contiguous(), None if member < 0 else member)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
-    def _prepare(self, placement: Placement, stored: list[Tensor]) -> _Prepared:
+    def _prepare(self, placement: Placement, dictionary: list[Tensor], stored: list[Tensor]) -> Prepared:
         members = self._packed(stored)
         for layer, packed in zip(self.layers, members, strict=True):
             state = self.backend.supports(packed, placement)
@@ -183,8 +213,12 @@ class Bundle:
                 FORMATS.create(packed.format).check(packed)
             except CheckpointError as error:
                 raise CheckpointError(f"{layer.member.name}.{error}") from error
-        make = lambda: self.backend.prepare_coefficients(members, placement)  # noqa: E731
-        return _prepare(make, self.backend, placement, stored)
+
+        def make() -> tuple[Any, Any]:
+            ready = self.group.dictionary(self.backend, placement, dictionary)
+            return ready, self.backend.prepare_coefficients(members, placement)
+
+        return prepare(make, self.backend, placement.dtype, (*dictionary, *stored))
 
     def _packed(self, stored: list[Tensor]) -> list[PackedCoefficients]:
         spec, left = self.group.spec, iter(stored)
@@ -241,35 +275,26 @@ class Bundle:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": {}, "_outputs": None, "_handle": None}
+        return self.__dict__ | {"_prepared": {}, "_outputs": None, "_trace": None, "_kept": None, "_handle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._handle = operator.register(self)
 
 
-def _remember(x: Tensor, y: Tensor, n_layers: int) -> _Outputs:
-    # A trace can hold neither weak references nor versions, and needs neither: what it holds ends with it, and layers
-    # are joined only where the model was seen to pass them one unchanged tensor.
-    traced = torch.compiler.is_compiling()
-    return _Outputs(x if traced else weakref.ref(x), 0 if traced else _version(x), y, set(range(n_layers)))
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether nothing watches operators, so that the detour through torch's dispatcher can be saved.
 
-
-def _same(last: _Outputs, x: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return last.x is x
-    return isinstance(last.x, weakref.ref) and last.x() is x and last.version == _version(x)
-
-
-def _version(tensor: Tensor) -> int:
-    """Count a tensor's changes in place; tensors made in inference mode keep no count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _tensors(layer: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """Give tensors of a layer without the detour through ``Module.__getattr__``, which costs more than the lookups."""
-    parameters, buffers = layer._parameters, layer._buffers
-    return [parameters[name] if name in parameters else buffers[name] for name in names]  # type: ignore[misc]
+    It takes as long as a small layer.  Modes (fake tensors and the like), traces, subclasses, transforms and the meta
+    device need the operator.
+    """
+    return (
+        type(x) is Tensor
+        and not x.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._get_tracing_state() is None  # torch.jit.trace, which would record memory but not the kernels
+    )
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

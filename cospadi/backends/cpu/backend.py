@@ -1,0 +1,228 @@
+"""The ``cpu`` backend: a few tokens straight from the stored bits, many tokens by two dense products.
+
+At decode a layer's bytes are read once per token and little is computed, so the kernels of kernels.c read D, mask and
+values as they are stored and expand them in registers.  For many tokens arithmetic decides, where torch's dense product
+(oneDNN) is best: S is then written out with its zeros first.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cospadi.backends.base import Backend, Placement
+from cospadi.backends.cpu import library
+from cospadi.backends.dense_products import placed
+from cospadi.errors import CospadiError, UsageError
+from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
+from cospadi.formats.bitmask import count_bits
+from cospadi.formats.values import read_values
+from cospadi.registry import Availability
+
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+_ROOM = 64
+"""Bytes that a load may run past what it needs."""
+
+_PART_BYTES = 1 << 23
+"""Of S with its zeros, written out at a time: part of a last-level cache, allocated without a call to the system."""
+
+MAX_KERNEL_TOKENS = 32
+"""Most tokens for which the kernels are chosen, where nothing else was measured (docs/backends.md)."""
+
+
+@dataclass(frozen=True)
+class _Dictionary:
+    """``struct dictionary`` and the tensors whose memory it names."""
+
+    struct: library.Dictionary
+    address: int
+    scratch_bytes: int  # for every token
+    packed: PackedDictionary
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class _Coefficients:
+    """``struct coefficients`` of each layer and the tensors whose memory they name."""
+
+    structs: ctypes.Array
+    addresses: tuple[int, ...]
+    widths: tuple[int, ...]
+    kept: tuple[Tensor, ...]
+
+
+@final
+@dataclass(frozen=True)
+class CpuBackend(Backend):
+    """Kernels in C for decoding (AVX-512, AVX2, NEON or plain C), dense products of torch for many tokens.
+
+    Attributes
+    ----------
+    max_tokens : int or None
+        Most tokens for which the kernels are chosen; by default what ``cospadi-cli tune`` measured, else
+        ``MAX_KERNEL_TOKENS``.
+    instructions : {"best", "avx512", "avx2", "neon", "portable"}
+        Instruction set of the kernels.
+    """
+
+    name: ClassVar[str] = "cpu"
+
+    max_tokens: int | None = None
+    instructions: Literal["best", "avx512", "avx2", "neon", "portable"] = "best"
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise UsageError(f"max_tokens={self.max_tokens}: expected 0 or more")
+
+    @classmethod
+    def availability(cls) -> Availability:
+        """Tell whether the kernels are or can be compiled here."""
+        try:
+            library.load()
+        except CospadiError as error:
+            return Availability(False, str(error))
+        return Availability(True)
+
+    def supports(self, packed: PackedCoefficients, placement: Placement) -> Availability:
+        """Accept bfloat16, float16 and float32 inputs on a CPU."""
+        if placement.device.type != "cpu":
+            return Availability(False, f"the layer is on {placement.device}: move the model to the CPU")
+        if placement.dtype not in _KINDS or placement.dtype == torch.int8:
+            return Availability(
+                False, f"inputs of {placement.dtype} are not supported: use bfloat16, float16 or float32"
+            )
+        state = self.availability()
+        if state and self.instructions != "best" and self.instructions not in library.levels():
+            return Availability(
+                False, f"this machine has no {self.instructions} kernels (it has: {', '.join(library.levels())})"
+            )
+        return state
+
+    def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> _Dictionary:
+        """Take the tensors as they are stored."""
+        values = dictionary.values.detach().contiguous()
+        scales = None if dictionary.scales is None else dictionary.scales.detach().contiguous()
+        struct = library.Dictionary(values.data_ptr(), _address(scales), *values.shape, _KINDS[values.dtype])
+        n_atoms, in_features = values.shape
+        # Of x, of z, and of z before it is rounded, each padded to whole steps, in at most 4 bytes; and two scales.
+        scratch_bytes = 4 * (in_features + 2 * n_atoms + 3 * 63 + 2)
+        packed = PackedDictionary(values, scales)
+        return _Dictionary(struct, ctypes.addressof(struct), scratch_bytes, packed, placement)
+
+    def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> _Coefficients:
+        """Take the tensors as they are stored, but for other formats than the bitmask and 14-bit values."""
+        kept: list[Tensor] = []
+        structs = (library.Coefficients * len(members))(*(_struct(packed, kept) for packed in members))
+        start, size = ctypes.addressof(structs), ctypes.sizeof(library.Coefficients)
+        addresses = tuple(start + size * member for member in range(len(members)))
+        return _Coefficients(structs, addresses, tuple(packed.out_features for packed in members), tuple(kept))
+
+    def multiply(self, dictionary: _Dictionary, coefficients: _Coefficients, x: Tensor, member: int | None) -> Tensor:
+        """Run the kernels, or write S out and multiply twice."""
+        n_tokens = x.shape[0]
+        first, count = (0, len(coefficients.widths)) if member is None else (member, 1)
+        width = sum(coefficients.widths[first : first + count])
+        limit = MAX_KERNEL_TOKENS if self.max_tokens is None else self.max_tokens
+        if n_tokens > limit:
+            return self._multiply_dense(dictionary, coefficients, x, range(first, first + count))
+        y = x.new_empty(n_tokens, width)
+        scratch = torch.empty(dictionary.scratch_bytes * (-(-n_tokens // 8) * 8) + 1024, dtype=torch.uint8)
+        _kernels(self.instructions).multiply(
+            dictionary.address,
+            coefficients.addresses[first],
+            count,
+            x.data_ptr(),
+            y.data_ptr(),
+            scratch.data_ptr(),
+            n_tokens,
+            _KINDS[x.dtype],
+            torch.get_num_threads(),
+        )
+        return y
+
+    def _multiply_dense(
+        self, dictionary: _Dictionary, coefficients: _Coefficients, x: Tensor, members: Sequence[int]
+    ) -> Tensor:
+        """Write S out by parts that stay in the cache until they have been multiplied."""
+        z = functional.linear(x, placed(dictionary.packed, dictionary.placement))
+        n_atoms, io = z.shape[1], _KINDS[x.dtype]
+        step = max(_PART_BYTES // max(n_atoms * x.element_size(), 1), 1)
+        y = x.new_empty(x.shape[0], sum(coefficients.widths[m] for m in members))
+        rows = x.new_empty(min(step, max(coefficients.widths[m] for m in members)), n_atoms)
+        densify = _kernels(self.instructions).densify
+        start = 0
+        for m in members:
+            width = coefficients.widths[m]
+            for first in range(0, width, step):
+                count = min(step, width - first)
+                densify(coefficients.addresses[m], rows.data_ptr(), first, count, io, torch.get_num_threads())
+                torch.mm(z, rows[:count].T, out=y[:, start + first : start + first + count])
+            start += width
+        return y
+
+
+class _Kernels:
+    """The functions of one instruction set."""
+
+    def __init__(self, instructions: str) -> None:
+        level = library.levels()[0] if instructions == "best" else instructions
+        loaded = library.load()
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self.multiply = loaded[f"multiply_{level}"]
+        self.multiply.argtypes = [pointer, pointer, integer, pointer, pointer, pointer, integer, integer, integer]
+        self.multiply.restype = None
+        self.densify = loaded[f"densify_{level}"]
+        self.densify.argtypes = [pointer, pointer, integer, integer, integer, integer]
+        self.densify.restype = None
+
+
+_LOADED: dict[str, _Kernels] = {}
+
+
+def _kernels(instructions: str) -> _Kernels:
+    if instructions not in _LOADED:
+        _LOADED[instructions] = _Kernels(instructions)
+    return _LOADED[instructions]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _struct(packed: PackedCoefficients, kept: list[Tensor]) -> library.Coefficients:
+    """Describe a layer's tensors to the kernels; what they name is added to ``kept``."""
+    if packed.format != "bitmask":
+        stored = FORMATS.create(packed.format).unpack(packed)
+        packed = FORMATS.create("bitmask").pack(stored, packed.value_dtype)
+    mask = packed.tensors["mask"].detach().contiguous()
+    counts = count_bits(mask)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values = read_values(packed.tensors["values"].detach(), (int(starts[-1]),), packed.value_dtype).contiguous()
+    scales = packed.tensors["scales"].detach().contiguous() if "scales" in packed.tensors else None
+    # The columns from `tail` on are those where a load could leave the mask or the values: they are copied.
+    room = _ROOM // values.element_size()
+    tail = min(
+        packed.out_features - -(-_ROOM // max(mask.shape[1], 1)),
+        int(torch.searchsorted(starts, int(starts[-1]) - room, right=True)) - 1,
+    )
+    tail = max(tail, 0)
+    tail_mask = functional.pad(mask[tail:].reshape(-1), (0, _ROOM))
+    tail_values = functional.pad(values[int(starts[tail]) :], (0, room))
+    kept += [mask, values, starts, tail_mask, tail_values] + ([] if scales is None else [scales])
+    return library.Coefficients(
+        mask.data_ptr(),
+        values.data_ptr(),
+        starts.data_ptr(),
+        _address(scales),
+        tail_mask.data_ptr(),
+        tail_values.data_ptr(),
+        tail,
+        packed.n_atoms,
+        packed.out_features,
+        mask.shape[1],
+        _KINDS[values.dtype],
+    )

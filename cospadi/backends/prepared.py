@@ -1,0 +1,57 @@
+"""What a backend made of stored tensors, and whether they are still what they were."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cospadi.backends.base import Backend
+
+
+class Sources:
+    """The tensors that something was made from, to notice that they have been replaced or changed in place.
+
+    Asked on every call of a layer, so it takes care to be quick.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        # Tensors made in inference mode keep no count of changes.
+        self._counted = not any(tensor.is_inference() for tensor in tensors)
+        self._versions = [tensor._version for tensor in tensors] if self._counted else []
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether these are the same tensors, or other views of all their memory, unchanged."""
+        if not all(map(is_, tensors, self._tensors)):
+            # What is held here keeps its address from being used again.
+            if [tensor.data_ptr() for tensor in tensors] != self._addresses:
+                return False
+            if self._counted and any(tensor.is_inference() for tensor in tensors):
+                return False
+        return not self._counted or [tensor._version for tensor in tensors] == self._versions
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a backend made for a place, and from what."""
+
+    state: Any
+    backend: Backend
+    dtype: torch.dtype
+    sources: Sources
+
+    def fits(self, backend: Backend, dtype: torch.dtype, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether it was made by this backend, for this dtype and of these tensors as they now are."""
+        same_backend = self.backend is backend or self.backend == backend
+        return self.dtype is dtype and same_backend and self.sources.are(tensors)
+
+
+def prepare(make: Callable[[], Any], backend: Backend, dtype: torch.dtype, tensors: Sequence[Tensor]) -> Prepared:
+    """Let a backend prepare, outside of any gradient or inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        state = make()
+    return Prepared(state, backend, dtype, Sources(tensors))
