@@ -114,16 +114,6 @@ def compiled_kernels():
         return {name: one.result() for name, one in zip(ARCHITECTURES, made, strict=True)}
 
 
-def kernel_names():
-    """What ``launches`` starts."""
-    names = set()
-    for kind, bits in product(("bf16", "f16"), (8, 16)):
-        names |= {f"finish_{kind}", f"densify_{kind}_{bits}"}
-        names |= {f"project_{kind}_{bits}_{tokens}" for tokens in launches.PROJECT_TOKENS}
-        names |= {f"combine_{kind}_{bits}_{tokens}" for tokens in launches.COMBINE_TOKENS}
-    return names
-
-
 def most_threads(name):
     """How large the blocks are that ``launches`` starts."""
     kind, *_, tokens = name.split("_")
@@ -136,7 +126,7 @@ def test_the_kernels_compile_without_spills_and_within_their_registers(architect
     compiled = request.getfixturevalue("compiled_kernels")[architecture]  # after the check that there is a compiler
     assert compiled.cubin[:4] == b"\x7fELF"
     found = resources(compiled.log)
-    assert set(found) == kernel_names()
+    assert set(found) == set(launches.kernels())
     for name, used in found.items():
         assert (used.stack, used.spilled) == (0, 0), f"{name} uses local memory: {used}"
         assert used.registers <= min(REGISTERS // most_threads(name), MOST_REGISTERS), f"{name}: {used}"

@@ -17,7 +17,7 @@ from torch.nn import functional
 from cospadi.backends.base import Backend, Placement
 from cospadi.backends.cpu import library
 from cospadi.backends.dense_products import placed
-from cospadi.errors import CospadiError, UsageError
+from cospadi.errors import CospadiError, UnavailableError, UsageError
 from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
 from cospadi.formats.bitmask import count_bits
 from cospadi.formats.values import read_values
@@ -165,6 +165,31 @@ class CpuBackend(Backend):
         return y
 
 
+def dense_bf16(weight: Tensor, x: Tensor) -> Tensor:
+    """Give x W^T by the kernel that multiplies by the dictionary: a hand-written yardstick for the benchmarks.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (out_features, in_features), bfloat16, contiguous
+    x : Tensor, shape (n_tokens, in_features), bfloat16, contiguous
+
+    Raises
+    ------
+    UnavailableError
+        The processor has no AVX-512 with bfloat16.
+    """
+    if "avx512" not in library.levels():
+        raise UnavailableError("the dense yardstick needs a processor with AVX-512 and bfloat16")
+    struct = library.Dictionary(weight.data_ptr(), None, *weight.shape, _KINDS[torch.bfloat16])
+    n_tokens = x.shape[0]
+    y = x.new_empty(n_tokens, weight.shape[0])
+    scratch = torch.empty((sum(weight.shape) + 2 * 63) * 2 * (-(-n_tokens // 8) * 8) + 1024, dtype=torch.uint8)
+    _kernels("avx512").dense_bf16(
+        ctypes.addressof(struct), x.data_ptr(), y.data_ptr(), scratch.data_ptr(), n_tokens, torch.get_num_threads()
+    )
+    return y
+
+
 class _Kernels:
     """The functions of one instruction set."""
 
@@ -178,6 +203,10 @@ class _Kernels:
         self.densify = loaded[f"densify_{level}"]
         self.densify.argtypes = [pointer, pointer, integer, integer, integer, integer]
         self.densify.restype = None
+        if level == "avx512":
+            self.dense_bf16 = loaded.dense_bf16_avx512
+            self.dense_bf16.argtypes = [pointer, pointer, pointer, pointer, integer, integer]
+            self.dense_bf16.restype = None
 
 
 _LOADED: dict[str, _Kernels] = {}

@@ -175,6 +175,8 @@ def machine_of(device: torch.device) -> Machine:
     """
     source = resources.files("cospadi.backends.cuda").joinpath("kernels.cu").read_text(encoding="utf-8")
     module = driver.load_module(source, ("-std=c++17",), device)
+    for name in launches.kernels():
+        module.kernel(name)  # loaded now, since a CUDA graph cannot capture the loading
     for name in launches.kernels_with_much_shared_memory():
         module.kernel(name).allow_shared(launches.SHARED_LIMIT)
     processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -46,6 +46,16 @@ def run(module: Any, launches: Iterable[Launch]) -> None:
         module.kernel(launch.kernel).launch(launch.grid, launch.block, launch.shared_bytes, launch.args)
 
 
+def kernels() -> Iterator[str]:
+    """Name all kernels of kernels.cu."""
+    yield from kernels_with_much_shared_memory()
+    for name in _TYPES.values():
+        yield f"finish_{name}"
+        for bits in (16, 8):
+            yield f"densify_{name}_{bits}"
+            yield from (f"project_{name}_{bits}_{tokens}" for tokens in PROJECT_TOKENS)
+
+
 def kernels_with_much_shared_memory() -> Iterator[str]:
     """Name the kernels whose blocks may need more shared memory than a kernel has without asking."""
     for name in _TYPES.values():
