@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cospadi.backends.bundle import Group
 from cospadi.backends.reference import ReferenceBackend
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.factorization import SparseFactorization
@@ -58,11 +59,16 @@ def tokens(dtype=torch.float32, seed=3):
 
 
 @pytest.fixture
-def projections(monkeypatch):
-    """Count the products with the dictionary."""
+def products(monkeypatch):
+    """Count the products: for each, the member that was asked for, None for all."""
     calls = []
-    project = ReferenceBackend.project
-    monkeypatch.setattr(ReferenceBackend, "project", lambda self, d, x: calls.append(x) or project(self, d, x))
+    multiply = ReferenceBackend.multiply
+
+    def counted(self, dictionary, coefficients, x, member):
+        calls.append(member)
+        return multiply(self, dictionary, coefficients, x, member)
+
+    monkeypatch.setattr(ReferenceBackend, "multiply", counted)
     return calls
 
 
@@ -78,36 +84,36 @@ def test_a_group_computes_its_layers_in_the_dtype_of_x(block, group, dtype, tole
     assert (y.double() - reference).norm() / reference.norm() < tolerance
 
 
-def test_members_of_a_group_share_one_product_with_the_dictionary(block, projections):
+def test_members_of_a_group_share_one_product(block, products):
     x = tokens()
     with torch.no_grad():
         first = block(x)
-        assert len(projections) == 1
+        assert products == [None]
         block(tokens())  # equal numbers in another tensor: not shared with the first
-        assert len(projections) == 2
+        assert products == [None] * 2
         assert torch.equal(block(x), first)
         assert torch.equal(block(x), first)
-        assert len(projections) == 4  # released each time all members had used it
+        assert products == [None] * 4  # released each time all members had used it
 
 
-def test_a_changed_input_is_projected_again(block, group, projections):
+def test_a_changed_input_is_multiplied_again(block, group, products):
     x = tokens()
     with torch.no_grad():
         block.q(x)
         x.mul_(2)
         k = block.k(x)
-    assert len(projections) == 2
+    assert products == [None] * 2
     torch.testing.assert_close(k.double(), expected(group, x)[..., 6:10], rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_shared_when_members_have_inputs_of_their_own(group, projections):
+def test_nothing_is_shared_when_members_have_inputs_of_their_own(group, products):
     spec, tensors = random_group(MEMBERS, 7, 10, torch.Generator().manual_seed(0), shared=False)
     model = Block(bias=False)
     install(model, CheckpointConfig((spec,)), backend="reference")
     model.load_state_dict(tensors)
     with torch.no_grad():
         model(tokens())
-    assert len(projections) == 3
+    assert products == [0, 0, 0]
 
 
 def test_inference_mode_gives_the_same_and_leaves_the_layer_usable(block, group):
@@ -115,7 +121,7 @@ def test_inference_mode_gives_the_same_and_leaves_the_layer_usable(block, group)
         inside = block(tokens())
     x = tokens().requires_grad_()
     y = block(x)
-    assert torch.equal(inside, y)
+    torch.testing.assert_close(inside, y)
     y.sum().backward()
     assert x.grad is not None
 
@@ -131,7 +137,7 @@ def test_gradients_reach_x_through_every_member(block, group):
 
 
 def test_gradients_after_a_pass_without_them(block):
-    """A projection that was computed without a graph must not be reused where one is needed."""
+    """Outputs that were computed without a graph must not be handed out where one is needed."""
     x = tokens()
     with torch.no_grad():
         block.q(x)
@@ -231,6 +237,98 @@ def test_dense_modules_come_back_in_the_class_that_was_replaced(group):
         restore_dense(model)
         assert [type(layer) for layer in (model.q, model.k, model.v)] == [nn.Linear, Conv1D, nn.Linear]
         torch.testing.assert_close(model(tokens()), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(params=["bitmask", "csr", "dense"])
+def eight_bit_group(request):
+    biases = {name: torch.ones(width) for name, width in MEMBERS.items()}
+    return random_group(MEMBERS, 7, 10, torch.Generator().manual_seed(0), request.param, "int8", biases)
+
+
+@pytest.fixture
+def eight_bit(eight_bit_group):
+    spec, tensors = eight_bit_group
+    model = Block()
+    install(model, CheckpointConfig((spec,)), backend="reference")
+    model.load_state_dict(tensors)
+    return model
+
+
+def test_eight_bit_factors_run_in_every_dtype(eight_bit, eight_bit_group):
+    assert {name: (t.shape, t.dtype) for name, t in eight_bit.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in eight_bit_group[1].items()
+    }
+    assert [name for name, _ in eight_bit.named_parameters()] == ["q.bias", "k.bias", "v.bias"]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        x = tokens(dtype)
+        with torch.no_grad():
+            y = eight_bit(x)
+        reference = expected(eight_bit_group, x)
+        assert y.dtype == dtype
+        assert (y.double() - reference).norm() / reference.norm() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_conversions_keep_eight_bit_factors_and_their_scales(eight_bit, eight_bit_group, dtype):
+    with torch.no_grad():
+        before = eight_bit(tokens(torch.float64))
+        eight_bit.to(dtype)
+        assert {eight_bit.q.bias.dtype, eight_bit.v.bias.dtype} == {dtype}
+        for name, tensor in eight_bit.state_dict().items():
+            if not name.endswith("bias"):
+                assert tensor.dtype == eight_bit_group[1][name].dtype
+                assert torch.equal(tensor, eight_bit_group[1][name])
+        assert torch.equal(eight_bit(tokens(torch.float64)), before)  # the biases are ones
+
+
+def test_eight_bit_factors_move_load_and_copy(eight_bit, eight_bit_group):
+    with torch.no_grad():
+        before = eight_bit(tokens())
+        eight_bit.to("meta")
+        assert {tensor.device.type for tensor in eight_bit.state_dict().values()} == {"meta"}
+        eight_bit.load_state_dict(eight_bit_group[1], assign=True)
+        assert torch.equal(eight_bit(tokens()), before)
+        other = copy.deepcopy(eight_bit)
+        other.q.dictionary_scales.mul_(2)
+        other.k.scales.mul_(2)
+        unbiased = before - 1
+        after = other(tokens()) - 1
+        torch.testing.assert_close(after[..., :6], 2 * unbiased[..., :6])
+        torch.testing.assert_close(after[..., 6:10], 4 * unbiased[..., 6:10])
+        assert torch.equal(eight_bit(tokens()), before)
+
+
+def test_eight_bit_factors_become_dense_layers(eight_bit, eight_bit_group):
+    factors = unpack_group(*eight_bit_group)
+    with torch.no_grad():
+        x, before = tokens(), eight_bit(tokens())
+        for name in MEMBERS:
+            weight = eight_bit.get_submodule(name).to_dense(torch.float64)
+            torch.testing.assert_close(weight.T, factors.to_dense(name, torch.float64), rtol=1e-12, atol=1e-12)
+        dense = eight_bit.k.to_dense_module()
+        assert dense.weight.dtype == torch.float32
+        torch.testing.assert_close(dense(x), before[..., 6:10], rtol=1e-4, atol=1e-5)
+        assert eight_bit.k.to_dense_module(torch.bfloat16).weight.dtype == torch.bfloat16
+        restore_dense(eight_bit)
+        assert {type(layer) for layer in eight_bit.children()} == {nn.Linear}
+        torch.testing.assert_close(eight_bit(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_scales_that_no_writer_gives_name_the_layer(eight_bit):
+    with torch.no_grad():
+        eight_bit.k.scales[0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"k\.scales"):
+        eight_bit(tokens())
+
+
+def test_the_bias_has_the_dtype_and_device_that_are_asked_for(group):
+    spec, _ = group
+    layers = build_group(spec, device="meta", bias_dtype=torch.float16)
+    assert {layer.bias.dtype for layer in layers.values()} == {torch.float16}
+    assert {layer.bias.device.type for layer in layers.values()} == {"meta"}
+    assert build_group(spec)["q"].bias.dtype == torch.float32
+    one = SparseLinear(Group(spec, "torch"), spec.members[1])
+    assert (one.owner, one.backend, one.out_features) == (one, "torch", 4)
 
 
 def test_a_compiled_block_gives_the_same(block):

@@ -1,173 +1,279 @@
-"""Every backend against the product in float64."""
+"""Every backend against the product in float64: one suite for all of them."""
 
-import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cospadi.backends.auto import choose
 from cospadi.backends.base import BACKENDS, Placement
+from cospadi.backends.dense_products import DenseCoefficients
 from cospadi.backends.torch_sparse import SparseRows, TorchBackend
 from cospadi.errors import UsageError
-from cospadi.formats.base import FORMATS
+from cospadi.formats.base import FORMATS, PackedDictionary
+from tests.backends.backend_cases import (
+    BACKEND_CASES,
+    CPU,
+    FORMAT_NAMES,
+    GPU_BACKENDS,
+    TOKENS,
+    UNIT,
+    VALUE_DTYPES,
+    Case,
+    Prepared,
+    check,
+    check_product,
+    device_of,
+    dtypes_of,
+    parameters,
+    poisoned_memory,
+)
 
-# Of one dtype's rounding unit, times a small factor for the sums of two products of this size.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-CPU = torch.device("cpu")
-DTYPES = sorted(TOLERANCE, key=str)
+every_backend = pytest.mark.parametrize(("name", "options"), parameters(BACKEND_CASES))
 
+# Kernels that compute a column of y without looking at the others: the same bits in any company.
+OWN_KERNELS = [case for case in BACKEND_CASES if case[0] == "cpu" and case[1].get("max_tokens")]
 
-# Name and options; the device follows from the name, and what is not supported is skipped with the reason.
-BACKEND_CASES = [(name, {}) for name in BACKENDS.names()] + [
-    ("torch", {"coefficients": kind}) for kind in ("sparse", "dense")
-]
-
-
-def example(density=0.3, n_atoms=19, in_features=11, out_features=23, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    dictionary = torch.randn(n_atoms, in_features, generator=generator)
-    coefficients = torch.randn(n_atoms, out_features, generator=generator)
-    coefficients[torch.rand(coefficients.shape, generator=generator) >= density] = 0
-    return dictionary, coefficients
-
-
-def inputs(shape, dtype, device, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def place(backend, dtype, packed):
-    """Where to try a backend, or skip with the reason."""
-    state = backend.availability()
-    if not state:
-        pytest.skip(state.reason)
-    device = torch.device("cuda") if backend.name in ("cuda", "cupy") else CPU
-    placement = Placement(device, dtype)
-    state = backend.supports(packed, placement)
-    if not state:
-        pytest.skip(state.reason)
-    return placement
+SHAPES = {
+    "odd": {},
+    "whole": {"n_atoms": 128, "in_features": 64, "widths": (32,)},
+    "one": {"n_atoms": 1, "in_features": 1, "widths": (1, 1)},
+    "thin": {"n_atoms": 3, "in_features": 200, "widths": (2, 1, 3)},
+    "empty": {"density": 0.0},
+    "full": {"density": 1.0, "n_atoms": 130},
+    "ragged": {"density": None, "n_atoms": 150, "widths": (37, 16, 5)},
+}
+STORED = [(f, v) for f in FORMAT_NAMES for v in VALUE_DTYPES if (f, v) != ("csr", "bfloat14")]
 
 
-def relative(found, expected):
-    norm = expected.norm()
-    return float((found.double().cpu() - expected).norm() / (norm if norm else 1))
+@every_backend
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_right_for_any_number_of_tokens(name, options, shape):
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("bfloat16", "float32", "int8"):
+            prepared = Prepared(Case(**SHAPES[shape], dtype=dtype, value_dtype=value_dtype), name, options)
+            D, S = prepared.case.stored()
+            for n_tokens in TOKENS:
+                x = replace(prepared.case, n_tokens=n_tokens).x()
+                check_product(x, D, S, prepared(x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", ["bitmask", "csr", "dense"])
-@pytest.mark.parametrize(("name", "options"), BACKEND_CASES, ids=str)
-def test_the_product_is_right_for_any_support_and_number_of_tokens(name, options, format, dtype):
-    backend = BACKENDS.create(name, options)
-    for density, n_tokens in itertools.product((0.0, 0.1, 0.5, 1.0), (0, 1, 2, 7, 17, 64)):
-        dictionary, coefficients = example(density)
-        packed = FORMATS.create(format).pack(coefficients, "float32")
-        placement = place(backend, dtype, packed)
-        d = backend.prepare_dictionary(dictionary, placement)
-        c = backend.prepare_coefficients(packed, placement)
-        x = inputs((n_tokens, 11), dtype, placement.device)
-        before = x.clone()
-        z = backend.project(d, x)
-        z_before = z.clone()
-        y = backend.combine(c, z)
-        assert (y.shape, y.dtype) == ((n_tokens, 23), dtype)
-        assert relative(y, x.double().cpu() @ dictionary.T.double() @ coefficients.double()) < TOLERANCE[dtype]
-        assert torch.equal(x, before)
-        assert torch.equal(z, z_before)
+@every_backend
+def test_every_format_and_value_dtype_runs_in_every_dtype(name, options):
+    for dtype in dtypes_of(name, options):
+        for format, value_dtype in STORED:
+            case = Case(dtype=dtype, format=format, value_dtype=value_dtype, density=None)
+            prepared = Prepared(case, name, options)
+            check(case, prepared())
+            check(case, prepared(member=1), member=1)
 
 
-@pytest.mark.parametrize(("name", "options"), BACKEND_CASES, ids=str)
-def test_strided_and_three_dimensional_inputs(name, options):
-    backend = BACKENDS.create(name, options)
-    dictionary, coefficients = example()
-    packed = FORMATS.create("bitmask").pack(coefficients, "float32")
-    placement = place(backend, torch.float32, packed)
-    d, c = backend.prepare_dictionary(dictionary, placement), backend.prepare_coefficients(packed, placement)
-    base = inputs((4, 22, 6), torch.float32, placement.device)
-    for x in (base.transpose(1, 2)[..., ::2], base.transpose(1, 2)[0, :, 11:], base[:, :11, 0]):
-        assert not x.is_contiguous()
-        y = backend.combine(c, backend.project(d, x))
-        expected = x.double().cpu() @ dictionary.T.double() @ coefficients.double()
-        assert y.shape == expected.shape
-        assert relative(y, expected) < TOLERANCE[torch.float32]
+@every_backend
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_products_are_right_for_any_layer(name, options, data):
+    dictionary_dtypes = [None] if name in GPU_BACKENDS else [None, "bfloat16", "float16", "float32", "int8"]
+    format, value_dtype = data.draw(st.sampled_from(STORED))
+    case = Case(
+        n_tokens=data.draw(st.integers(1, 20)),
+        n_atoms=data.draw(st.integers(1, 200)),
+        in_features=data.draw(st.integers(1, 200)),
+        widths=tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))),
+        density=data.draw(st.sampled_from([None, 0.0, 0.02, 0.5, 0.95, 1.0])),
+        dtype=data.draw(st.sampled_from(dtypes_of(name, options))),
+        format=format,
+        value_dtype=value_dtype,
+        dictionary_dtype=data.draw(st.sampled_from(dictionary_dtypes)),
+        seed=data.draw(st.integers(0, 99)),
+    )
+    member = data.draw(st.sampled_from([None, *range(len(case.widths))]))
+    check(case, Prepared(case, name, options)(member=member), member)
 
 
-@pytest.mark.parametrize(("name", "options"), BACKEND_CASES, ids=str)
-def test_gradients_reach_the_input(name, options):
-    backend = BACKENDS.create(name, options)
-    dictionary, coefficients = example()
-    packed = FORMATS.create("bitmask").pack(coefficients, "float32")
-    placement = place(backend, torch.float64, packed)
-    d, c = backend.prepare_dictionary(dictionary, placement), backend.prepare_coefficients(packed, placement)
-    x = inputs((3, 11), torch.float64, placement.device).requires_grad_()
-    weights = inputs((3, 23), torch.float64, placement.device, seed=2)
-    (backend.combine(c, backend.project(d, x)) * weights).sum().backward()
-    expected = weights.cpu() @ coefficients.double().T @ dictionary.double()
-    assert relative(x.grad, expected) < TOLERANCE[torch.float64]
+@every_backend
+def test_the_columns_of_one_layer_are_those_that_it_has_among_all(name, options):
+    for dtype in dtypes_of(name, options):
+        for n_tokens in (1, 3, 17):
+            case = Case(n_tokens=n_tokens, dtype=dtype, widths=(37, 1, 16), density=None)
+            prepared = Prepared(case, name, options)
+            for member, expected in enumerate(prepared().split(case.widths, dim=1)):
+                alone = prepared(member=member)
+                check(case, alone, member)
+                if (name, options) in OWN_KERNELS:
+                    assert torch.equal(alone, expected)
 
 
-@pytest.mark.parametrize("value_dtype", ["bfloat14", "float16"])
-def test_sixteen_bit_checkpoints_run_in_any_dtype(value_dtype):
-    dictionary, coefficients = example()
-    packed = FORMATS.create("bitmask").pack(coefficients, value_dtype)
-    stored = FORMATS.create("bitmask").unpack(packed).double()
-    backend = BACKENDS.create("auto")
-    for dtype in DTYPES:
-        placement = Placement(CPU, dtype)
-        d = backend.prepare_dictionary(dictionary.bfloat16(), placement)
-        c = backend.prepare_coefficients(packed, placement)
-        x = inputs((5, 11), dtype, CPU)
-        expected = x.double() @ dictionary.bfloat16().double().T @ stored
-        assert relative(backend.combine(c, backend.project(d, x)), expected) < TOLERANCE[dtype]
+@every_backend
+def test_the_same_call_gives_the_same_bits(name, options):
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("bfloat16", "int8"):
+            for n_tokens in (1, 8, 64):
+                case = Case(n_tokens, 300, 200, (130, 70), dtype=dtype, value_dtype=value_dtype)
+                prepared = Prepared(case, name, options)
+                first = prepared()
+                assert torch.equal(prepared(), first)
+                assert torch.equal(Prepared(case, name, options)(), first)
+
+
+@pytest.mark.parametrize(("name", "options"), parameters(OWN_KERNELS))
+def test_the_number_of_threads_changes_no_bit(name, options):
+    """At sizes where the kernels do share their work."""
+    threads = torch.get_num_threads()
+    try:
+        for dtype in dtypes_of(name, options):
+            for value_dtype in ("bfloat16", "int8"):
+                prepared = Prepared(Case(3, 700, 500, (300, 201), dtype=dtype, value_dtype=value_dtype), name, options)
+                found = []
+                for count in (1, 2, 5):
+                    torch.set_num_threads(count)
+                    found.append(prepared())
+                check(prepared.case, found[0])
+                assert torch.equal(found[0], found[1])
+                assert torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_backend
+def test_twice_the_input_gives_exactly_twice_the_output(name, options):
+    for dtype in dtypes_of(name, options):
+        for value_dtype in VALUE_DTYPES:
+            case = Case(9, dtype=dtype, value_dtype=value_dtype)
+            prepared = Prepared(case, name, options)
+            y = prepared()
+            # Outputs that are subnormal in float16 are rounded more coarsely than their doubles.
+            normal = y.abs() >= torch.finfo(dtype).tiny
+            assert int(normal.sum()) > 0.99 * y.numel()
+            assert torch.equal(prepared(2 * case.x())[normal], 2 * y[normal])
+
+
+@every_backend
+def test_the_order_of_the_atoms_does_not_matter(name, options):
+    order = torch.randperm(131, generator=torch.Generator().manual_seed(9))
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("float32", "int8"):
+            case = Case(dtype=dtype, value_dtype=value_dtype, n_atoms=131, density=None)
+            stored = case.dictionary()
+            dictionary = PackedDictionary(
+                stored.values[order], None if stored.scales is None else stored.scales[order].contiguous()
+            )
+            members = [FORMATS.create("bitmask").pack(S[order], value_dtype) for S in case.coefficients()]
+            check(case, Prepared(case, name, options, dictionary, members)())
+
+
+@every_backend
+def test_the_columns_of_s_are_the_entries_of_y(name, options):
+    order = torch.randperm(53, generator=torch.Generator().manual_seed(9))
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("float32", "int8"):
+            case = Case(5, widths=(53,), dtype=dtype, value_dtype=value_dtype, density=None)
+            members = [FORMATS.create("bitmask").pack(S[:, order], value_dtype) for S in case.coefficients()]
+            D, S = case.stored()
+            y = Prepared(case, name, options, members=members)()
+            check_product(case.x(), D, S[:, order], y)
+            if (name, options) in OWN_KERNELS:
+                assert torch.equal(y, Prepared(case, name, options)()[:, order])
+
+
+@every_backend
+def test_columns_without_coefficients_give_exact_zeros(name, options):
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("float32", "int8"):
+            case = Case(9, dtype=dtype, value_dtype=value_dtype)
+            for columns in (slice(0, 37), slice(11, 12), slice(0, 0)):
+                S = torch.cat(case.coefficients(), dim=1)
+                S[:, columns] = 0
+                members = [FORMATS.create("bitmask").pack(part, value_dtype) for part in S.split(case.widths, dim=1)]
+                y = Prepared(case, name, options, members=members)()
+                assert bool((y[:, columns] == 0).all())
+                assert int((y != 0).sum()) == 9 * int((S != 0).any(dim=0).sum())
+
+
+@every_backend
+def test_tokens_do_not_touch_each_other(name, options):
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("bfloat16", "int8"):
+            case = Case(7, dtype=dtype, value_dtype=value_dtype)
+            x, prepared = case.x(), Prepared(case, name, options)
+            y, others = prepared(x), [0, 1, 2, 3, 5, 6]
+            changed = x.clone()
+            changed[4] *= 100
+            assert torch.equal(prepared(changed)[others], y[others])
+
+
+@every_backend
+def test_inputs_of_every_shape_through_the_modules(name, options):
+    for dtype in dtypes_of(name, options):
+        case = Case(dtype=dtype, in_features=11, n_atoms=19, widths=(23, 6))
+        layers = case.modules(name, options)
+        D, S = case.stored()
+        base = replace(case, n_tokens=4 * 6 * 2).x().view(4, 22, 6)
+        inputs = {
+            "three dimensions": base.transpose(1, 2)[..., ::2],
+            "strided": base.transpose(1, 2)[0, :, 11:],
+            "one dimension": base[0, :11, 0],
+            "repeated": base[:1, :11, 0].expand(5, 11),
+            "no tokens": base[:0, :11, 0],
+            "no tokens in three dimensions": base.new_empty(2, 0, 11),
+        }
+        for what, x in inputs.items():
+            with poisoned_memory(), torch.no_grad():
+                y = torch.cat([layer(x.to(device_of(name))) for layer in layers.values()], dim=-1)
+            assert (y.shape, y.dtype) == ((*x.shape[:-1], 29), dtype), what
+            check_product(x.reshape(-1, 11), D, S, y.reshape(-1, 29))
+
+
+def test_the_poison_is_seen():
+    """The suite rests on it: memory that a kernel does not write holds NaN, or the largest integer."""
+    with poisoned_memory():
+        assert bool(torch.empty(100).isnan().all())
+        assert bool(torch.zeros(1, dtype=torch.bfloat16).new_empty(7, 9).isnan().all())
+        assert bool((torch.empty(100, dtype=torch.uint8) == 255).all())
+
+
+def test_a_wrong_product_is_seen():
+    for dtype in UNIT:
+        case = Case(dtype=dtype)
+        D, S = case.stored()
+        S[3, 7] += 0.5
+        y = (case.x().double() @ D @ S).to(dtype)
+        with pytest.raises(AssertionError):
+            check(case, y)
+
+
+def _rows(backend, density, dtype):
+    members = Case(density=density).members()
+    return backend.prepare_coefficients(members, Placement(CPU, dtype))
 
 
 def test_the_torch_backend_chooses_compressed_rows_by_density_and_dtype():
-    def kind(density, dtype):
-        packed = FORMATS.create("bitmask").pack(example(density)[1], "float32")
-        return type(TorchBackend().prepare_coefficients(packed, Placement(CPU, dtype)))
-
-    assert kind(0.05, torch.float32) is SparseRows
-    assert kind(0.05, torch.bfloat16) is torch.Tensor
-    assert kind(0.5, torch.float32) is torch.Tensor
+    assert type(_rows(TorchBackend(), 0.05, torch.float32)) is SparseRows
+    assert type(_rows(TorchBackend(), 0.05, torch.bfloat16)) is DenseCoefficients
+    assert type(_rows(TorchBackend(), 0.5, torch.float32)) is DenseCoefficients
+    assert type(_rows(TorchBackend(coefficients="sparse"), 0.5, torch.float32)) is SparseRows
+    assert type(_rows(TorchBackend(coefficients="dense"), 0.05, torch.float32)) is DenseCoefficients
 
 
 def test_compressed_rows_say_where_they_do_not_work():
-    packed = FORMATS.create("bitmask").pack(example()[1], "float32")
+    packed = Case().members()[0]
     state = TorchBackend(coefficients="sparse").supports(packed, Placement(CPU, torch.bfloat16))
     assert not state
     assert "float32 and float64 only" in state.reason
 
 
-def test_compressed_rows_can_be_compiled():
-    backend = TorchBackend(coefficients="sparse")
-    dictionary, coefficients = example()
-    placement = Placement(CPU, torch.float32)
-    packed = FORMATS.create("bitmask").pack(coefficients, "float32")
-    d, c = backend.prepare_dictionary(dictionary, placement), backend.prepare_coefficients(packed, placement)
-    compiled = torch.compile(lambda x: backend.combine(c, backend.project(d, x)), backend="aot_eager", fullgraph=True)
-    x = inputs((4, 11), torch.float32, CPU)
-    torch.testing.assert_close(compiled(x), backend.combine(c, backend.project(d, x)))
-
-
 @pytest.mark.parametrize("name", BACKENDS.names())
 def test_inputs_that_are_not_floating_are_refused_with_a_reason(name):
-    packed = FORMATS.create("bitmask").pack(example()[1], "float32")
-    state = BACKENDS.create(name).supports(packed, Placement(CPU, torch.int8))
+    state = BACKENDS.create(name).supports(Case().members()[0], Placement(CPU, torch.int8))
     assert not state
     assert state.reason
 
 
-def test_auto_chooses_by_device():
-    assert choose(torch.device("cuda:1"), torch.bfloat16)[0] == "cuda"
-    assert choose(CPU, torch.bfloat16)[0] == "torch"
-    assert choose(torch.device("mps"), torch.float16)[0] == "reference"
-
-
 def test_gpu_backends_say_why_they_cannot_run_without_one():
-    for name in ("cuda", "cupy"):
+    for name in GPU_BACKENDS:
         state = BACKENDS.availability(name)
         assert state.ok or "GPU" in state.reason
-        packed = FORMATS.create("bitmask").pack(example()[1], "float32")
-        assert "cpu" in BACKENDS.create(name).supports(packed, Placement(CPU, torch.float32)).reason
+        assert "cpu" in BACKENDS.create(name).supports(Case().members()[0], Placement(CPU, torch.float32)).reason
 
 
 def test_an_unknown_backend_or_option_is_a_usage_error():
@@ -175,3 +281,7 @@ def test_an_unknown_backend_or_option_is_a_usage_error():
         BACKENDS.create("torhc")
     with pytest.raises(UsageError, match="coefficients"):
         BACKENDS.create("torch", {"coefficients": "thin"})
+    with pytest.raises(UsageError, match="max_tokens"):
+        BACKENDS.create("cpu", {"max_tokens": -1})
+    with pytest.raises(UsageError, match="instructions"):
+        BACKENDS.create("cpu", {"instructions": "sse"})

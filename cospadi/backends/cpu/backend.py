@@ -7,7 +7,7 @@ values as they are stored and expand them in registers.  For many tokens arithme
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -104,8 +104,9 @@ class CpuBackend(Backend):
 
     def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> _Dictionary:
         """Take the tensors as they are stored."""
-        values = dictionary.values.detach().contiguous()
-        scales = None if dictionary.scales is None else dictionary.scales.detach().contiguous()
+        # Tensors that lie elsewhere, such as on a GPU, would be addresses of nothing here.
+        values, scales = dictionary.values.detach().to(placement.device).contiguous(), dictionary.scales
+        scales = None if scales is None else scales.detach().to(placement.device).contiguous()
         struct = library.Dictionary(values.data_ptr(), _address(scales), *values.shape, _KINDS[values.dtype])
         n_atoms, in_features = values.shape
         # Of x, of z, and of z before it is rounded, each padded to whole steps, in at most 4 bytes; and two scales.
@@ -224,14 +225,16 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _struct(packed: PackedCoefficients, kept: list[Tensor]) -> library.Coefficients:
     """Describe a layer's tensors to the kernels; what they name is added to ``kept``."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in packed.tensors.items()}
+    packed = replace(packed, tensors=tensors)
     if packed.format != "bitmask":
         stored = FORMATS.create(packed.format).unpack(packed)
         packed = FORMATS.create("bitmask").pack(stored, packed.value_dtype)
-    mask = packed.tensors["mask"].detach().contiguous()
+    mask = packed.tensors["mask"].contiguous()
     counts = count_bits(mask)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    values = read_values(packed.tensors["values"].detach(), (int(starts[-1]),), packed.value_dtype).contiguous()
-    scales = packed.tensors["scales"].detach().contiguous() if "scales" in packed.tensors else None
+    values = read_values(packed.tensors["values"], (int(starts[-1]),), packed.value_dtype).contiguous()
+    scales = packed.tensors["scales"].contiguous() if "scales" in packed.tensors else None
     # The columns from `tail` on are those where a load could leave the mask or the values: they are copied.
     room = _ROOM // values.element_size()
     tail = min(

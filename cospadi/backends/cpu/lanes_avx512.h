@@ -120,10 +120,15 @@ static void round_int16(const void *from, int64_t from_stride, int64_t kind, int
                         float *scales, int64_t n_tokens) {
     for (int64_t token = 0; token < n_tokens; token++) {
         const int n = rounded_up(n_tokens - token / 8 * 8);
-        __m512 largest = zero();
-        for (int64_t i = 0; i < count; i += LANES)
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(dense(kind, from, token * from_stride + i, count - i)));
-        const float most = _mm512_reduce_max_ps(largest), scale = most > 0 ? most / 32767.0f : 1.0f;
+        /* Compared as integers, among which NaN is above all numbers, so that it is not lost. */
+        __m512i largest = _mm512_setzero_si512();
+        for (int64_t i = 0; i < count; i += LANES) {
+            const lanes magnitudes = _mm512_abs_ps(dense(kind, from, token * from_stride + i, count - i));
+            largest = _mm512_max_epi32(largest, _mm512_castps_si512(magnitudes));
+        }
+        const float most = from_bits((uint32_t)_mm512_reduce_max_epi32(largest));
+        /* Below, the inverse would overflow; such a row is as good as zero and becomes zero. */
+        const float scale = most < 0x1p-100f ? 1.0f : most / 32767.0f;
         const __m512 inverse = _mm512_set1_ps(1.0f / scale);
         for (int64_t i = 0; i < stride; i += LANES) {
             const __m512 numbers = i < count ? dense(kind, from, token * from_stride + i, count - i) : zero();
