@@ -8,6 +8,7 @@ import click
 
 from cospadi.errors import CospadiError, UsageError
 from cospadi.registry import nearest
+from cospadi_cli.bench import bench
 from cospadi_cli.compress import compress
 from cospadi_cli.decompress import decompress
 from cospadi_cli.demo import demo
@@ -16,6 +17,7 @@ from cospadi_cli.generate import generate
 from cospadi_cli.inspect import inspect
 from cospadi_cli.registries import backends, formats, solvers
 from cospadi_cli.selftest import selftest
+from cospadi_cli.tune import tune
 
 PROGRAM = "cospadi-cli"
 
@@ -71,5 +73,8 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (compress, decompress, demo, evaluate, generate, inspect, selftest, solvers, backends, formats):
+for _command in (
+    *(bench, compress, decompress, demo, evaluate, generate, inspect, selftest, tune),
+    *(solvers, backends, formats),
+):
     main.add_command(_command)

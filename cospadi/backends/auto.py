@@ -1,28 +1,60 @@
 """Choose a backend by device and dtype."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from cospadi.backends import tuning
 from cospadi.backends.base import BACKENDS, Backend, Placement
-from cospadi.formats.base import PackedCoefficients
+from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
+logger = logging.getLogger(__name__)
 
+_PREFERRED = {"cuda": "cuda", "cpu": "cpu"}
+"""By type of device, the backend whose kernels are made for it."""
+
+_ANY_LAYER = PackedCoefficients("bitmask", 0, 0, "bfloat16", {})
+"""Stands for a layer where only the place is asked about: the preferred backends take all layers alike."""
+
+
+@lru_cache(maxsize=64)
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Name the backend for a place, and why.
+    """Name the backend for a place, and why; asked once per place and process.
 
     Returns
     -------
     name, reason : str
     """
-    if device.type == "cuda":
-        return "cuda", "the model is on an NVIDIA GPU"
-    if device.type == "cpu":
-        return "torch", f"the model is on a CPU ({str(dtype).removeprefix('torch.')})"
-    return "reference", f"no backend is made for {device.type} devices: plain torch"
+    preferred = _PREFERRED.get(device.type)
+    if preferred is None:
+        return "reference", f"no backend is made for {device.type} devices: dense products of torch"
+    # A backend that is not there cannot be asked about a place, and one that is may have a reason against this one.
+    state = BACKENDS.availability(preferred)
+    if state:
+        state = BACKENDS.create(preferred).supports(_ANY_LAYER, Placement(device, dtype))
+    kind = str(dtype).removeprefix("torch.")
+    if state:
+        chosen = preferred, f"it is made for {_called(device)} and takes {kind}"
+    else:
+        chosen = "torch", f"backend {preferred!r} cannot run {kind} here: {state.reason}"
+    logger.info("backend %s for %s on %s: %s", chosen[0], kind, device, chosen[1])
+    return chosen
+
+
+def explain(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Say on one line what runs under a backend's name at a place: for ``auto`` its choice, the reason and options."""
+    if backend != AutoBackend.name:
+        return backend
+    name, reason = choose(device, dtype)
+    options = tuning.options_for(name, device, dtype)
+    measured = "".join(f", {key}={value} (measured)" for key, value in options.items())
+    return f"auto chose {name}{measured}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -35,7 +67,7 @@ class _Chosen:
 
 @final
 class AutoBackend(Backend):
-    """The best backend for the device and dtype of the input."""
+    """The best backend for the device and dtype of the input, with the thresholds that were measured for it."""
 
     name: ClassVar[str] = "auto"
 
@@ -43,24 +75,30 @@ class AutoBackend(Backend):
         """Ask the backend that would be chosen."""
         return _backend(placement).supports(packed, placement)
 
-    def prepare_dictionary(self, dictionary: Tensor, placement: Placement) -> _Chosen:
+    def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> _Chosen:
         """Let the chosen backend prepare."""
         backend = _backend(placement)
         return _Chosen(backend, backend.prepare_dictionary(dictionary, placement))
 
-    def prepare_coefficients(self, packed: PackedCoefficients, placement: Placement) -> _Chosen:
+    def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> _Chosen:
         """Let the chosen backend prepare."""
         backend = _backend(placement)
-        return _Chosen(backend, backend.prepare_coefficients(packed, placement))
+        return _Chosen(backend, backend.prepare_coefficients(members, placement))
 
-    def project(self, dictionary: _Chosen, x: Tensor) -> Tensor:
+    def multiply(self, dictionary: _Chosen, coefficients: _Chosen, x: Tensor, member: int | None) -> Tensor:
         """Let the chosen backend multiply."""
-        return dictionary.backend.project(dictionary.prepared, x)
-
-    def combine(self, coefficients: _Chosen, z: Tensor) -> Tensor:
-        """Let the chosen backend multiply."""
-        return coefficients.backend.combine(coefficients.prepared, z)
+        return coefficients.backend.multiply(dictionary.prepared, coefficients.prepared, x, member)
 
 
 def _backend(placement: Placement) -> Backend:
-    return BACKENDS.create(choose(placement.device, placement.dtype)[0])
+    name = choose(placement.device, placement.dtype)[0]
+    return _create(name, tuple(tuning.options_for(name, placement.device, placement.dtype).items()))
+
+
+@lru_cache(maxsize=64)
+def _create(name: str, options: tuple[tuple[str, int], ...]) -> Backend:
+    return BACKENDS.create(name, dict(options))
+
+
+def _called(device: torch.device) -> str:
+    return "NVIDIA GPUs" if device.type == "cuda" else "CPUs"

@@ -63,8 +63,8 @@ class CpuBackend(Backend):
     Attributes
     ----------
     max_tokens : int or None
-        Most tokens for which the kernels are chosen; by default what ``cospadi-cli tune`` measured, else
-        ``MAX_KERNEL_TOKENS``.
+        Most tokens for which the kernels are chosen; ``MAX_KERNEL_TOKENS`` if not given.  Backend ``auto`` gives what
+        ``cospadi-cli tune`` measured.
     instructions : {"best", "avx512", "avx2", "neon", "portable"}
         Instruction set of the kernels.
     """

@@ -1,0 +1,55 @@
+"""Devices, dtypes and threads by the names that are typed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICE_HELP = "cpu, cuda or cuda:N; auto takes a GPU if there is one."
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads for a while; None leaves them as they are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def torch_device(name: str) -> "torch.device":
+    """Read the name of a device.
+
+    Raises
+    ------
+    UsageError
+        There is no such device here.
+    """
+    import torch
+
+    from cospadi.errors import UnavailableError, UsageError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}: give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r}: speed is measured on cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UnavailableError(f"device {name!r}: torch finds {torch.cuda.device_count()} CUDA GPUs on this machine")
+    return device
+
+
+def torch_dtypes(names: Sequence[str]) -> "tuple[torch.dtype, ...]":
+    """Read names of dtypes, each once."""
+    import torch
+
+    return tuple(getattr(torch, name) for name in dict.fromkeys(names))

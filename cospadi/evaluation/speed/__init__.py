@@ -1,0 +1,1 @@
+"""Measuring speed: single layers, whole models, and the thresholds between kernels."""

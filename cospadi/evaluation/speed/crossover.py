@@ -1,0 +1,187 @@
+"""The numbers of tokens from which on dense products are better than the kernels that read packed coefficients."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cospadi.backends.base import BACKENDS, Placement
+from cospadi.backends.tuning import Tuned, tuned
+from cospadi.errors import UnavailableError
+from cospadi.evaluation.speed.contenders import n_copies, prepare, products
+from cospadi.evaluation.speed.machine import cache_bytes
+from cospadi.evaluation.speed.problems import Layer, Shape, layer_size, random_inputs, random_layer
+from cospadi.evaluation.speed.timing import Clock, Rotation, clock_of, median_ratio, take_turns
+
+SHAPES: dict[str, tuple[Shape, ...]] = {"cpu": ((576, 1536), (2048, 2048)), "cuda": ((4096, 4096), (4096, 14336))}
+DTYPES = {
+    "cpu": (torch.bfloat16, torch.float32, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_RATIO = 0.3
+_LOST, _LOST_AFTER = 0.9, 3
+"""An advantage that noise does not turn into one above 1 three times in a row."""
+_ALWAYS = 1 << 30
+"""More tokens than there are: a threshold that leaves no choice."""
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """One threshold that was measured.
+
+    Attributes
+    ----------
+    backend, option, dtype : str
+    value : int
+        Most tokens for which the kernel is chosen.
+    advantage : dict of int to float
+        By number of tokens, the time of the dense product / that of the kernel, geometric mean over the shapes.
+    """
+
+    backend: str
+    option: str
+    dtype: str
+    value: int
+    advantage: dict[int, float]
+
+
+@torch.no_grad()
+def measure_crossovers(
+    device: torch.device,
+    seconds: float = 100.0,
+    tell: Callable[[str], None] = lambda text: None,
+    clock: Clock | None = None,
+    shapes: Sequence[Shape] = (),
+    now: Callable[[], float] = time.monotonic,
+) -> list[Crossover]:
+    """Measure the thresholds of the backend that is made for a device.
+
+    Parameters
+    ----------
+    device : torch.device
+        A CPU or an NVIDIA GPU.
+    seconds : float
+        For all of it, about; when they are spent, larger numbers of tokens are left out.
+    tell : callable
+        Receives a line per threshold.
+    clock : Clock, optional
+        That of the device by default.
+    shapes : sequence of (in_features, out_features), optional
+    now : callable
+        Tells the time in seconds, for the limit.
+
+    Returns
+    -------
+    list of Crossover
+
+    Raises
+    ------
+    UnavailableError
+        The backend cannot run.
+    """
+    if device.type not in SHAPES:
+        raise UnavailableError(f"device {str(device)!r} has no backend with thresholds: give cpu or cuda")
+    state = BACKENDS.availability(device.type)
+    if not state:
+        raise UnavailableError(f"backend {device.type!r} cannot run here: {state.reason}")
+    options = ("max_tokens",) if device.type == "cpu" else ("project_tokens", "combine_tokens")
+    dtypes = DTYPES[device.type]
+    found: list[Crossover] = []
+    until = now()
+    for dtype in dtypes:
+        sizes = [layer_size(shape, _RATIO) for shape in shapes or SHAPES[device.type]]
+        layers = [random_layer(size, dtype, device) for size in sizes]
+        known: dict[str, int] = {}
+        for option in options:
+            until += seconds / (len(dtypes) * len(options))
+            ways = ways_of(option, options, known)
+            go_on = partial(_before, until, now)
+            measured = _advantages(layers, ways, Placement(device, dtype), clock or clock_of(device), go_on)
+            known[option] = threshold(measured)
+            found.append(Crossover(device.type, option, _name(dtype), known[option], measured))
+            tell(f"{device.type}, {_name(dtype)}: {option} = {known[option]}")
+    return found
+
+
+def to_store(device: torch.device, found: Sequence[Crossover]) -> list[Tuned]:
+    """Join the thresholds of each dtype for ``tuning.store``."""
+    options: dict[tuple[str, str], dict[str, int]] = {}
+    for one in found:
+        options.setdefault((one.backend, one.dtype), {})[one.option] = one.value
+    return [tuned(backend, device, getattr(torch, dtype), values) for (backend, dtype), values in options.items()]
+
+
+def ways_of(option: str, options: Sequence[str], known: Mapping[str, int]) -> dict[int, dict[str, int]]:
+    """Give a backend's options with and without the kernel that one option limits; the others are the best known."""
+    others = {other: known.get(other, _ALWAYS) for other in options if other != option}
+    return {limit: {**others, option: limit} for limit in (_ALWAYS, 0)}
+
+
+def threshold(advantage: Mapping[int, float]) -> int:
+    """Give the number of tokens up to which to choose the kernel; 0 for never.
+
+    The one for which the product of all times is smallest: noise at a single number of tokens then moves it little,
+    where a search for the first number at which the kernel loses would stop.
+
+    Parameters
+    ----------
+    advantage : mapping of int to float
+        By number of tokens, time without / time with the kernel.
+    """
+    best, gained, most = 0, 0.0, 0.0
+    for n_tokens in sorted(advantage):
+        gained += math.log(advantage[n_tokens])
+        if gained > most:
+            best, most = n_tokens, gained
+    return best
+
+
+def lost(advantage: Mapping[int, float]) -> bool:
+    """Tell whether the kernel is so far behind at the largest numbers of tokens that more would say nothing new."""
+    last = [advantage[n_tokens] for n_tokens in sorted(advantage)[-_LOST_AFTER:]]
+    return len(last) == _LOST_AFTER and max(last) < _LOST
+
+
+def _advantages(
+    layers: Sequence[Layer],
+    ways: Mapping[int, dict[str, int]],
+    placement: Placement,
+    clock: Clock,
+    go_on: Callable[[], bool],
+) -> dict[int, float]:
+    """Give time without / time with the kernel by ascending number of tokens, as far as ``go_on`` allows."""
+    name, device = placement.device.type, placement.device
+    backends = {limit: BACKENDS.create(name, options) for limit, options in ways.items()}
+    prepared = []
+    for layer in layers:
+        count = n_copies(layer.size.stored_bytes, 2 * layer.size.stored_bytes, cache_bytes(device), device)
+        copies = [layer, *(layer.copy() for _ in range(count - 1))]
+        # The thresholds decide nothing before a product is asked for, so both ways share what is prepared.
+        prepared.append([prepare(backends[_ALWAYS], copy, placement) for copy in copies])
+    found: dict[int, float] = {}
+    for n_tokens in TOKENS:
+        if found and (lost(found) or not go_on()):
+            break
+        logs = []
+        for layer, states in zip(layers, prepared, strict=True):
+            x = random_inputs(n_tokens, layer.size.in_features, placement.dtype, device)
+            rotations = {
+                limit: Rotation([partial(call, x) for call in products(backend, states)])
+                for limit, backend in backends.items()
+            }
+            times = take_turns(rotations, clock, repeats=7, turn_seconds=0.02)
+            logs.append(math.log(median_ratio(times[0], times[_ALWAYS])))
+        found[n_tokens] = math.exp(sum(logs) / len(logs))
+    return found
+
+
+def _before(until: float, now: Callable[[], float]) -> bool:
+    return now() < until
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,78 @@
+"""What a layer's call costs beyond its backend's product: module, operator and bookkeeping."""
+
+import statistics
+from typing import Any
+
+import torch
+
+from cospadi.backends.base import BACKENDS, Placement
+from cospadi.evaluation.speed.problems import FORMAT, Layer, LayerSize, random_inputs, random_layer
+from cospadi.evaluation.speed.timing import Clock, Rotation, clock_of, take_turns
+from cospadi.factorization import GroupSpec, MemberSpec
+from cospadi.formats.dictionary import dictionary_dtype_of, dictionary_tensors
+from cospadi.modules import SparseLinear, build_group
+
+_CALLS = 200
+"""Calls of a turn; one alone takes less than a clock can tell."""
+
+
+@torch.no_grad()
+def dispatch(
+    name: str, size: LayerSize, placement: Placement, clock: Clock | None = None, repeats: int = 9
+) -> dict[str, Any]:
+    """Measure one token through a whole layer beside ``multiply`` alone, both with warm weights.
+
+    Parameters
+    ----------
+    name : str
+        Registry name of the backend.
+    size : LayerSize
+        A small layer shows best what does not depend on its size.
+    placement : Placement
+    clock : Clock, optional
+    repeats : int
+
+    Returns
+    -------
+    dict
+        ``backend``, ``layer``, ``dtype``, ``module`` and ``multiply`` (medians in microseconds) and ``overhead``, the
+        median of their differences within a repeat.
+    """
+    layer = random_layer(size, placement.dtype, placement.device)
+    module, backend = sparse_linear(layer, name, placement.device), BACKENDS.create(name)
+    dictionary = backend.prepare_dictionary(layer.dictionary, placement)
+    coefficients = backend.prepare_coefficients([layer.coefficients], placement)
+    x = random_inputs(1, size.in_features, placement.dtype, placement.device)
+    calls = {
+        "module": lambda: module(x),
+        "multiply": lambda: backend.multiply(dictionary, coefficients, x, None),
+    }
+    rotations = {kind: Rotation([call] * _CALLS) for kind, call in calls.items()}
+    times = take_turns(rotations, clock or clock_of(placement.device), repeats)
+    differences = [whole - part for whole, part in zip(times["module"], times["multiply"], strict=True)]
+    return {
+        "backend": name,
+        "layer": size.label,
+        "dtype": str(placement.dtype).removeprefix("torch."),
+        "module": statistics.median(times["module"]) * 1e6,
+        "multiply": statistics.median(times["multiply"]) * 1e6,
+        "overhead": statistics.median(differences) * 1e6,
+    }
+
+
+def sparse_linear(layer: Layer, backend: str, device: torch.device) -> SparseLinear:
+    """Make the layer that a loaded model would have."""
+    size = layer.size
+    spec = GroupSpec(
+        in_features=size.in_features,
+        n_atoms=size.n_atoms,
+        members=(MemberSpec("layer", size.out_features, size.n_nonzero * size.out_features),),
+        format=FORMAT,
+        value_dtype=size.value_dtype,
+        dictionary_dtype=dictionary_dtype_of(size.value_dtype),
+        shared_input=True,
+    )
+    module = build_group(spec, backend, device)["layer"]
+    for name, tensor in (dictionary_tensors(layer.dictionary) | layer.coefficients.tensors).items():
+        getattr(module, name).copy_(tensor)
+    return module

@@ -1,0 +1,66 @@
+"""Which model is measured, in which precision and by which backend; plain data, so that a new process can load it."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cospadi.errors import UsageError
+from cospadi.formats.checkpoint import QUANT_METHOD
+from cospadi.loading import load
+from cospadi.models import model_class, read_config
+from cospadi.modules import restore_dense
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it is to be loaded.
+
+    Attributes
+    ----------
+    path : str
+        Folder, or hub id of a dense model.
+    backend : str or None
+        Registry name for the compressed layers; None for dense layers, multiplied out where they are compressed.
+    device, dtype : str
+    """
+
+    path: str
+    backend: str | None
+    device: str
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """Name the model in tables."""
+        return self.backend or DENSE
+
+
+def open_loaded(wanted: Loaded) -> Any:
+    """Load a model in evaluation mode.
+
+    Raises
+    ------
+    UsageError
+        There is no such model, or the backend cannot run.
+    CheckpointError
+        The checkpoint is damaged.
+    """
+    dtype, device = getattr(torch, wanted.dtype), torch.device(wanted.device)
+    config = read_config(wanted.path)
+    described = getattr(config, "quantization_config", None) or {}
+    if wanted.backend is None and not described:
+        model = model_class(config).from_pretrained(wanted.path, dtype=dtype, trust_remote_code=False)
+        return model.to(device).eval()
+    if wanted.backend is None and described.get("quant_method") != QUANT_METHOD:
+        raise UsageError(f"{wanted.path} is quantised or compressed in another way: give the dense model")
+    model = load(wanted.path, backend=wanted.backend or "reference", dtype=dtype, device=device)
+    if wanted.backend is None:
+        restore_dense(model, dtype)
+        # What was not compressed still lies in the mapped file, which would keep the compressed tensors in memory too.
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model
