@@ -1,5 +1,7 @@
 """Choose a backend by device and dtype."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,14 +59,6 @@ def explain(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return f"auto chose {name}{measured}: {reason}"
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """What a chosen backend prepared, with the backend."""
-
-    backend: Backend
-    prepared: Any
-
-
 @final
 class AutoBackend(Backend):
     """The best backend for the device and dtype of the input, with the thresholds that were measured for it."""
@@ -73,16 +67,21 @@ class AutoBackend(Backend):
 
     def supports(self, packed: PackedCoefficients, placement: Placement) -> Availability:
         """Ask the backend that would be chosen."""
-        return _backend(placement).supports(packed, placement)
+        return self.resolve(placement).supports(packed, placement)
+
+    def resolve(self, placement: Placement) -> Backend:
+        """Give the chosen backend."""
+        name = choose(placement.device, placement.dtype)[0]
+        return _create(name, tuple(tuning.options_for(name, placement.device, placement.dtype).items()))
 
     def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> _Chosen:
         """Let the chosen backend prepare."""
-        backend = _backend(placement)
+        backend = self.resolve(placement)
         return _Chosen(backend, backend.prepare_dictionary(dictionary, placement))
 
     def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> _Chosen:
         """Let the chosen backend prepare."""
-        backend = _backend(placement)
+        backend = self.resolve(placement)
         return _Chosen(backend, backend.prepare_coefficients(members, placement))
 
     def multiply(self, dictionary: _Chosen, coefficients: _Chosen, x: Tensor, member: int | None) -> Tensor:
@@ -90,9 +89,12 @@ class AutoBackend(Backend):
         return coefficients.backend.multiply(dictionary.prepared, coefficients.prepared, x, member)
 
 
-def _backend(placement: Placement) -> Backend:
-    name = choose(placement.device, placement.dtype)[0]
-    return _create(name, tuple(tuning.options_for(name, placement.device, placement.dtype).items()))
+@dataclass(frozen=True)
+class _Chosen:
+    """What a chosen backend prepared, with the backend."""
+
+    backend: Backend
+    prepared: Any
 
 
 @lru_cache(maxsize=64)

@@ -34,11 +34,17 @@ class Backend(abc.ABC):
     """
 
     name: ClassVar[str]
+    any_shape: ClassVar[bool] = False
+    """Whether ``multiply`` takes x of shape (..., in_features), which saves two views on every call."""
 
     @classmethod
     def availability(cls) -> Availability:
         """Tell whether the backend can run on this machine, with the reason if not."""
         return Availability(True)
+
+    def resolve(self, placement: Placement) -> "Backend":
+        """Give the backend that runs at a place: itself, unless it chooses among others."""
+        return self
 
     @abc.abstractmethod
     def supports(self, packed: PackedCoefficients, placement: Placement) -> Availability:
@@ -61,6 +67,7 @@ class Backend(abc.ABC):
         dictionary, coefficients
             As prepared for the device and dtype of x.
         x : Tensor, shape (n_tokens, in_features), contiguous
+            At least one token.
         member : int or None
             Index of the layer that is wanted; None for all, their outputs side by side.
 

@@ -1,6 +1,5 @@
 """The layers of a group at run time: what a backend prepared for them, and outputs that come from one call."""
 
-import functools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +64,8 @@ class Group:
             or not prepared.fits(prepared.backend, placement.dtype, tensors)
         ):
             packed = PackedDictionary(*tensors)
-            make = functools.partial(backend.prepare_dictionary, packed, placement)
-            prepared = self._prepared[placement.device] = prepare(make, backend, placement.dtype, tensors)
+            prepared = prepare(lambda runner: runner.prepare_dictionary(packed, placement), backend, placement, tensors)
+            self._prepared[placement.device] = prepared
         return prepared.state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,15 +129,13 @@ class Bundle:
         if recorded or not _is_plain(x):
             return self._product(x, tensors, member)
         if alone:
-            return self.run(x, tensors[: self._n_dictionary], tensors[self._n_dictionary :], member)
+            return self._run(x, tensors, member)
         last = self._outputs
         version = 0 if x.is_inference() else x._version
         if last is None or member not in last.waiting or not last.belong_to(x, version, tensors):
-            y = self.run(x, tensors[: self._n_dictionary], tensors[self._n_dictionary :], -1)
+            parts = torch.split_with_sizes(self._run(x, tensors, -1), self._widths, -1)
             sources = self._prepared[x.device].sources
-            last = self._outputs = _Outputs(
-                weakref.ref(x), version, sources, y.split(self._widths, -1), self._members()
-            )
+            last = self._outputs = _Outputs(weakref.ref(x), version, sources, parts, self._members())
         last.waiting.discard(member)
         if not last.waiting:
             self._outputs = None
@@ -187,24 +184,31 @@ class Bundle:
 
     def run(self, x: Tensor, dictionary: list[Tensor], stored: list[Tensor], member: int) -> Tensor:
         """Multiply; see ``cospadi::linear``."""
+        return self._run(x, dictionary + stored, member)
+
+    def _run(self, x: Tensor, tensors: list[Tensor], member: int) -> Tensor:
         prepared = self._prepared.get(x.device)
-        if prepared is None or not prepared.fits(self.backend, x.dtype, dictionary + stored):
-            prepared = self._prepared[x.device] = self._prepare(Placement(x.device, x.dtype), dictionary, stored)
-        ready, coefficients = prepared.state
-        if x.shape[-1:] != (self.group.spec.in_features,):
+        if prepared is None or not prepared.fits(self.backend, x.dtype, tensors):
+            prepared = self._prepared[x.device] = self._prepare(Placement(x.device, x.dtype), tensors)
+        shape = x.shape
+        if not shape or shape[-1] != self.group.spec.in_features:
             # Kernels take it for granted and would read beyond the input.
             raise UsageError(
-                f"{self.layers[max(member, 0)].member.name}: the input has shape {tuple(x.shape)}, "
+                f"{self.layers[max(member, 0)].member.name}: the input has shape {tuple(shape)}, "
                 f"its last dimension must be in_features={self.group.spec.in_features}"
             )
-        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        if not flat.shape[0]:
-            return x.new_zeros((*x.shape[:-1], self.width(member)))
-        y = self.backend.multiply(ready, coefficients, flat.contiguous(), None if member < 0 else member)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        if not x.numel():
+            return x.new_zeros((*shape[:-1], self.width(member)))
+        dictionary, coefficients = prepared.state
+        wanted = None if member < 0 else member
+        if len(shape) == 2 or prepared.runner.any_shape:
+            return prepared.runner.multiply(dictionary, coefficients, x.contiguous(), wanted)
+        y = prepared.runner.multiply(dictionary, coefficients, x.reshape(-1, shape[-1]).contiguous(), wanted)
+        return y.view(*shape[:-1], y.shape[-1])
 
-    def _prepare(self, placement: Placement, dictionary: list[Tensor], stored: list[Tensor]) -> Prepared:
-        members = self._packed(stored)
+    def _prepare(self, placement: Placement, tensors: list[Tensor]) -> Prepared:
+        self._places()
+        dictionary, members = tensors[: self._n_dictionary], self._packed(tensors[self._n_dictionary :])
         for layer, packed in zip(self.layers, members, strict=True):
             state = self.backend.supports(packed, placement)
             if not state:
@@ -214,11 +218,11 @@ class Bundle:
             except CheckpointError as error:
                 raise CheckpointError(f"{layer.member.name}.{error}") from error
 
-        def make() -> tuple[Any, Any]:
+        def make(runner: Backend) -> tuple[Any, Any]:
             ready = self.group.dictionary(self.backend, placement, dictionary)
-            return ready, self.backend.prepare_coefficients(members, placement)
+            return ready, runner.prepare_coefficients(members, placement)
 
-        return prepare(make, self.backend, placement.dtype, (*dictionary, *stored))
+        return prepare(make, self.backend, placement, tensors)
 
     def _packed(self, stored: list[Tensor]) -> list[PackedCoefficients]:
         spec, left = self.group.spec, iter(stored)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class DenseCoefficients:
 
 class DenseProducts(Backend):
     """Base of the backends that hold S with its zeros and multiply twice in the dtype of x."""
+
+    any_shape: ClassVar[bool] = True
 
     @final
     def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.backends.base import Backend
+from cospadi.backends.base import Backend, Placement
 
 
 class Sources:
@@ -37,10 +37,20 @@ class Sources:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a backend made for a place, and from what."""
+    """What a backend made for a place, and from what.
+
+    Attributes
+    ----------
+    state : Any
+    backend, runner : Backend
+        The one that was asked for, and the one that it resolved to.
+    dtype : torch.dtype
+    sources : Sources
+    """
 
     state: Any
     backend: Backend
+    runner: Backend
     dtype: torch.dtype
     sources: Sources
 
@@ -50,8 +60,11 @@ class Prepared:
         return self.dtype is dtype and same_backend and self.sources.are(tensors)
 
 
-def prepare(make: Callable[[], Any], backend: Backend, dtype: torch.dtype, tensors: Sequence[Tensor]) -> Prepared:
+def prepare(
+    make: Callable[[Backend], Any], backend: Backend, placement: Placement, tensors: Sequence[Tensor]
+) -> Prepared:
     """Let a backend prepare, outside of any gradient or inference mode."""
+    runner = backend.resolve(placement)
     with torch.inference_mode(False), torch.no_grad():
-        state = make()
-    return Prepared(state, backend, dtype, Sources(tensors))
+        state = make(runner)
+    return Prepared(state, backend, runner, placement.dtype, Sources(tensors))

@@ -31,13 +31,13 @@ def block(case):
 def runs(monkeypatch):
     """Count the products: the members that were asked for, -1 for all."""
     calls = []
-    run = Bundle.run
+    run = Bundle._run
 
-    def counted(self, x, dictionary, stored, member):
+    def counted(self, x, tensors, member):
         calls.append(member)
-        return run(self, x, dictionary, stored, member)
+        return run(self, x, tensors, member)
 
-    monkeypatch.setattr(Bundle, "run", counted)
+    monkeypatch.setattr(Bundle, "_run", counted)
     return calls
 
 

@@ -142,7 +142,7 @@ def test_a_damaged_file_is_warned_of_once_and_ignored(cache, caplog, damage):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert tuning.options_for("cpu", CPU, BF16) == {}
-        assert auto._backend(Placement(CPU, F32)) is not None
+        assert auto.AutoBackend().resolve(Placement(CPU, F32)) is not None
     (record,) = caplog.records
     assert "damaged" in record.getMessage()
     assert "cospadi-cli tune" in record.getMessage()
@@ -171,10 +171,10 @@ def needs_cpu_kernels():
 
 def test_auto_runs_the_chosen_backend_with_what_was_measured():
     needs_cpu_kernels()
-    assert auto._backend(Placement(CPU, BF16)) == CpuBackend()
+    assert auto.AutoBackend().resolve(Placement(CPU, BF16)) == CpuBackend()
     tuning.store([entry(7)])
-    assert auto._backend(Placement(CPU, BF16)) == CpuBackend(max_tokens=7)
-    assert auto._backend(Placement(CPU, F32)) == CpuBackend()
+    assert auto.AutoBackend().resolve(Placement(CPU, BF16)) == CpuBackend(max_tokens=7)
+    assert auto.AutoBackend().resolve(Placement(CPU, F32)) == CpuBackend()
     assert "max_tokens=7 (measured)" in auto.explain("auto", CPU, BF16)
     assert auto.explain("torch", CPU, BF16) == "torch"
 

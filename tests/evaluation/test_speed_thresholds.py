@@ -49,7 +49,7 @@ def test_crossovers_are_found_and_stored_for_auto(cache, world, small, monkeypat
     if not state:
         pytest.skip(state.reason)
     from cospadi.backends import tuning
-    from cospadi.backends.auto import _backend
+    from cospadi.backends.auto import AutoBackend
 
     limits = {BF16: 30.0, F32: 3.5, torch.float16: 2000.0}
     seen = []
@@ -74,7 +74,7 @@ def test_crossovers_are_found_and_stored_for_auto(cache, world, small, monkeypat
     assert len(told) == 3
     tuning.store(crossover.to_store(CPU, found))
     for dtype, most in ((BF16, 24), (F32, 2), (torch.float16, 1024)):
-        assert _backend(Placement(CPU, dtype)) == cpu_backend.CpuBackend(max_tokens=most)
+        assert AutoBackend().resolve(Placement(CPU, dtype)) == cpu_backend.CpuBackend(max_tokens=most)
 
 
 def test_measuring_ends_when_its_time_is_over(world, small, monkeypatch):

@@ -30,6 +30,9 @@ _ROOM = 64
 _PART_BYTES = 1 << 23
 """Of S with its zeros, written out at a time: part of a last-level cache, allocated without a call to the system."""
 
+_STACK_BYTES = 1 << 17
+"""Of scratch for one token that the kernels may take from the stack."""
+
 MAX_KERNEL_TOKENS = 32
 """Most tokens for which the kernels are chosen, where nothing else was measured (docs/backends.md)."""
 
@@ -40,7 +43,9 @@ class _Dictionary:
 
     struct: library.Dictionary
     address: int
+    in_features: int
     scratch_bytes: int  # for every token
+    io: int  # kind of x and y
     packed: PackedDictionary
     placement: Placement
 
@@ -52,6 +57,7 @@ class _Coefficients:
     structs: ctypes.Array
     addresses: tuple[int, ...]
     widths: tuple[int, ...]
+    total: int
     kept: tuple[Tensor, ...]
 
 
@@ -70,6 +76,7 @@ class CpuBackend(Backend):
     """
 
     name: ClassVar[str] = "cpu"
+    any_shape: ClassVar[bool] = True
 
     max_tokens: int | None = None
     instructions: Literal["best", "avx512", "avx2", "neon", "portable"] = "best"
@@ -112,7 +119,8 @@ class CpuBackend(Backend):
         # Of x, of z, and of z before it is rounded, each padded to whole steps, in at most 4 bytes; and two scales.
         scratch_bytes = 4 * (in_features + 2 * n_atoms + 3 * 63 + 2)
         packed = PackedDictionary(values, scales)
-        return _Dictionary(struct, ctypes.addressof(struct), scratch_bytes, packed, placement)
+        io = _KINDS[placement.dtype]
+        return _Dictionary(struct, ctypes.addressof(struct), in_features, scratch_bytes, io, packed, placement)
 
     def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> _Coefficients:
         """Take the tensors as they are stored, but for other formats than the bitmask and 14-bit values."""
@@ -120,27 +128,32 @@ class CpuBackend(Backend):
         structs = (library.Coefficients * len(members))(*(_struct(packed, kept) for packed in members))
         start, size = ctypes.addressof(structs), ctypes.sizeof(library.Coefficients)
         addresses = tuple(start + size * member for member in range(len(members)))
-        return _Coefficients(structs, addresses, tuple(packed.out_features for packed in members), tuple(kept))
+        widths = tuple(packed.out_features for packed in members)
+        return _Coefficients(structs, addresses, widths, sum(widths), tuple(kept))
 
     def multiply(self, dictionary: _Dictionary, coefficients: _Coefficients, x: Tensor, member: int | None) -> Tensor:
         """Run the kernels, or write S out and multiply twice."""
-        n_tokens = x.shape[0]
-        first, count = (0, len(coefficients.widths)) if member is None else (member, 1)
-        width = sum(coefficients.widths[first : first + count])
-        limit = MAX_KERNEL_TOKENS if self.max_tokens is None else self.max_tokens
-        if n_tokens > limit:
-            return self._multiply_dense(dictionary, coefficients, x, range(first, first + count))
-        y = x.new_empty(n_tokens, width)
-        scratch = torch.empty(dictionary.scratch_bytes * (-(-n_tokens // 8) * 8) + 1024, dtype=torch.uint8)
+        n_tokens = x.numel() // dictionary.in_features
+        if n_tokens > (MAX_KERNEL_TOKENS if self.max_tokens is None else self.max_tokens):
+            members = range(len(coefficients.widths)) if member is None else [member]
+            return self._multiply_dense(dictionary, coefficients, x, members)
+        if member is None:
+            first, count, width = 0, len(coefficients.widths), coefficients.total
+        else:
+            first, count, width = member, 1, coefficients.widths[member]
+        y = x.new_empty((*x.shape[:-1], width))
+        scratch = None
+        if n_tokens > 1 or dictionary.scratch_bytes > _STACK_BYTES:
+            scratch = torch.empty(dictionary.scratch_bytes * (-(-n_tokens // 8) * 8) + 1024, dtype=torch.uint8)
         _kernels(self.instructions).multiply(
             dictionary.address,
             coefficients.addresses[first],
             count,
             x.data_ptr(),
             y.data_ptr(),
-            scratch.data_ptr(),
+            None if scratch is None else scratch.data_ptr(),
             n_tokens,
-            _KINDS[x.dtype],
+            dictionary.io,
             torch.get_num_threads(),
         )
         return y
@@ -149,21 +162,22 @@ class CpuBackend(Backend):
         self, dictionary: _Dictionary, coefficients: _Coefficients, x: Tensor, members: Sequence[int]
     ) -> Tensor:
         """Write S out by parts that stay in the cache until they have been multiplied."""
+        shape, x = x.shape, x.reshape(-1, dictionary.in_features)
         z = functional.linear(x, placed(dictionary.packed, dictionary.placement))
-        n_atoms, io = z.shape[1], _KINDS[x.dtype]
+        n_atoms = z.shape[1]
         step = max(_PART_BYTES // max(n_atoms * x.element_size(), 1), 1)
         y = x.new_empty(x.shape[0], sum(coefficients.widths[m] for m in members))
         rows = x.new_empty(min(step, max(coefficients.widths[m] for m in members)), n_atoms)
-        densify = _kernels(self.instructions).densify
+        densify, io, threads = _kernels(self.instructions).densify, dictionary.io, torch.get_num_threads()
         start = 0
         for m in members:
             width = coefficients.widths[m]
             for first in range(0, width, step):
                 count = min(step, width - first)
-                densify(coefficients.addresses[m], rows.data_ptr(), first, count, io, torch.get_num_threads())
+                densify(coefficients.addresses[m], rows.data_ptr(), first, count, io, threads)
                 torch.mm(z, rows[:count].T, out=y[:, start + first : start + first + count])
             start += width
-        return y
+        return y.view(*shape[:-1], y.shape[1])
 
 
 def dense_bf16(weight: Tensor, x: Tensor) -> Tensor:

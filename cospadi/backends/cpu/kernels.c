@@ -164,7 +164,7 @@ static void share(void *data) {
     }
 }
 
-/* `scratch` has room for x, z and z before it is rounded, rows padded to 64 numbers of 4 bytes, tokens to 8, two
+/* `scratch`, which may be NULL for one token (the stack is used), has room for x, z and z before it is rounded, rows padded to 64 numbers of 4 bytes, tokens to 8, two
  * scales for each token, and 1024 bytes more. */
 void EXPORT(multiply)(const struct dictionary *dictionary, const struct coefficients *members, int64_t n_members,
                       const void *x_given, void *y, void *scratch, int64_t n_tokens, int64_t io,
@@ -184,11 +184,11 @@ void EXPORT(multiply)(const struct dictionary *dictionary, const struct coeffici
                       (int64_t)bytes_of(job.members[m].kind);
     job.n_threads = threads_for(bytes + stored, n_threads);
 
-    char *room = (char *)(((uintptr_t)job.scratch + 63) / 64 * 64);
-    float *exact = (float *)room;
-    run.x_scales = exact;
+    if (!scratch) scratch = __builtin_alloca((size_t)(4 * (run.x_stride + 2 * run.z_stride) + 1024));
+    char *room = (char *)(((uintptr_t)scratch + 63) / 64 * 64);
+    run.x_scales = (float *)room;
     run.z_scales = run.x_scales + padded(job.n_tokens);
-    const int64_t tokens = (job.n_tokens + 7) / 8 * 8;
+    const int64_t tokens = job.n_tokens == 1 ? 1 : (job.n_tokens + 7) / 8 * 8;
     float *x = run.z_scales + padded(job.n_tokens), *z = x + tokens * run.x_stride;
     run.z_exact = z + tokens * run.z_stride;
     run.x = x;
