@@ -271,7 +271,7 @@ def quick(monkeypatch):
 
 
 def test_tune_stores_what_auto_then_takes(run, quick):
-    from cospadi.backends.auto import _backend
+    from cospadi.backends.auto import AutoBackend
     from cospadi.backends.base import Placement
 
     result = run("tune", "--device", "cpu", "--json")
@@ -282,7 +282,7 @@ def test_tune_stores_what_auto_then_takes(run, quick):
         assert entry["options"] == {"max_tokens": one["value"]}
         assert one["value"] in (0, 1, 4)
         assert set(one["advantage"]) == {"1", "4"}
-        chosen = _backend(Placement(torch.device("cpu"), getattr(torch, one["dtype"])))
+        chosen = AutoBackend().resolve(Placement(torch.device("cpu"), getattr(torch, one["dtype"])))
         assert chosen == cpu_backend.CpuBackend(max_tokens=one["value"])
     assert "cpu, float16: max_tokens" in result.stderr
     assert json.loads(run("tune", "--show", "--json").stdout) == {"entries": found["entries"], "measured": []}
