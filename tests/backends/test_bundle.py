@@ -12,40 +12,10 @@ import torch
 from torch import nn
 
 from cospadi.backends import operator
-from cospadi.backends.bundle import Bundle
 from cospadi.errors import UsageError
 from tests.backends.backend_cases import Block, Case, check_product
 
-
-@pytest.fixture
-def case():
-    return Case(6, n_atoms=19, in_features=11, widths=(7, 5, 9))
-
-
-@pytest.fixture
-def block(case):
-    return Block(case)
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Count the products: the members that were asked for, -1 for all."""
-    calls = []
-    run = Bundle._run
-
-    def counted(self, x, tensors, member):
-        calls.append(member)
-        return run(self, x, tensors, member)
-
-    monkeypatch.setattr(Bundle, "_run", counted)
-    return calls
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 # Changes that must be noticed
