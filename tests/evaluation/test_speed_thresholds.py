@@ -88,11 +88,13 @@ def test_measuring_ends_when_its_time_is_over(world, small, monkeypatch):
 
     monkeypatch.setattr(cpu_backend.CpuBackend, "multiply", multiply)
     found = crossover.measure_crossovers(CPU, 60.0, clock=world.clock, shapes=[(64, 48)], now=lambda: world.now)
-    # A kernel that always wins: the largest number that there was time for.
+    # A kernel that always wins: no threshold was found, and none is stored.
     assert len(found) == 3
     for one in found:
-        assert one.value == max(one.advantage) < 1024
+        assert one.value is None
+        assert max(one.advantage) < 1024
     assert set(found[-1].advantage) >= {1}
+    assert crossover.to_store(CPU, found) == []
 
 
 def test_the_two_thresholds_of_a_gpu_are_measured_one_after_the_other(world, small, monkeypatch):

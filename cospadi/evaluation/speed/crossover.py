@@ -36,8 +36,8 @@ class Crossover:
     Attributes
     ----------
     backend, option, dtype : str
-    value : int
-        Most tokens for which the kernel is chosen.
+    value : int or None
+        Most tokens for which the kernel is chosen; None if the kernel was still ahead when the time was spent.
     advantage : dict of int to float
         By number of tokens, the time of the dense product / that of the kernel, geometric mean over the shapes.
     """
@@ -45,7 +45,7 @@ class Crossover:
     backend: str
     option: str
     dtype: str
-    value: int
+    value: int | None
     advantage: dict[int, float]
 
 
@@ -101,17 +101,27 @@ def measure_crossovers(
             ways = ways_of(option, options, known)
             go_on = partial(_before, until, now)
             measured = _advantages(layers, ways, Placement(device, dtype), clock or clock_of(device), go_on)
-            known[option] = threshold(measured)
-            found.append(Crossover(device.type, option, _name(dtype), known[option], measured))
-            tell(f"{device.type}, {_name(dtype)}: {option} = {known[option]}")
+            value = threshold(measured)
+            if value == max(measured) < TOKENS[-1]:
+                # The shipped threshold is a better guess than where the time happened to end.
+                found.append(Crossover(device.type, option, _name(dtype), None, measured))
+                tell(
+                    f"{device.type}, {_name(dtype)}: {option} is left as it is: still ahead at {value} tokens when the "
+                    "time was spent; give more --seconds"
+                )
+                continue
+            known[option] = value
+            found.append(Crossover(device.type, option, _name(dtype), value, measured))
+            tell(f"{device.type}, {_name(dtype)}: {option} = {value}")
     return found
 
 
 def to_store(device: torch.device, found: Sequence[Crossover]) -> list[Tuned]:
-    """Join the thresholds of each dtype for ``tuning.store``."""
+    """Join the thresholds of each dtype for ``tuning.store``; those that were not found are left out."""
     options: dict[tuple[str, str], dict[str, int]] = {}
     for one in found:
-        options.setdefault((one.backend, one.dtype), {})[one.option] = one.value
+        if one.value is not None:
+            options.setdefault((one.backend, one.dtype), {})[one.option] = one.value
     return [tuned(backend, device, getattr(torch, dtype), values) for (backend, dtype), values in options.items()]
 
 
