@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.backends.bundle import Group
-from cospadi.backends.dense_products import placed, unpacked
+from cospadi.backends.dense_products import dense_coefficients, placed
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.factorization import GroupSpec, MemberSpec
 from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
@@ -19,12 +19,14 @@ from cospadi.layers import is_linear, weight_matrix
 class SparseLinear(nn.Module):
     """A linear layer y = (x D) S + b that keeps D and S as they are stored.
 
+    With the dictionary on the side of the outputs, y = (x S^T) D^T + b.
+
     What a backend needs is made on the first call for the device and dtype of x, and again when the layer has moved or
     its tensors have changed.  Conversions such as ``half()`` leave D and S as stored; only the bias follows.  Changes
     through ``.data`` go unnoticed; call ``forget`` after them.
 
-    The factors are frozen.  After ``requires_grad_()`` on ``dictionary`` or ``values`` gradients reach them too (not in
-    8 or 14 bits, which hold integers), on the support that is stored.
+    The factors are frozen.  After ``requires_grad_()`` on ``dictionary`` or ``values`` gradients reach them too (not
+    those of 14 bits and whole numbers), on the support that is stored.
 
     Parameters
     ----------
@@ -39,8 +41,9 @@ class SparseLinear(nn.Module):
 
     Attributes
     ----------
-    dictionary : Parameter, shape (n_atoms, in_features)
-        In the first member of the group only; for 8-bit factors a buffer, with ``dictionary_scales``.
+    dictionary : Parameter, shape ``dictionary_shape`` of the group's description
+        In the first member of the group only; of whole numbers a buffer, in strings of bits if they are shorter than 8
+        bits, with ``dictionary_scales``.
     coefficient_names, dictionary_names : tuple of str
         Of the tensors that hold S, and, in the first member of the group, D.
     bias : Parameter, shape (out_features,), or None
@@ -65,12 +68,11 @@ class SparseLinear(nn.Module):
         self._bundle, self._index = group.join(self)
         self.dictionary_names: tuple[str, ...] = ()
         if group.owner is self:
-            layout = dictionary_layout(spec.n_atoms, spec.in_features, spec.dictionary_dtype)
+            layout = dictionary_layout(*spec.dictionary_shape, spec.dictionary_dtype)
             self.dictionary_names = tuple(layout)
             self._hold(layout, device)
-        layout = FORMATS.create(spec.format).layout(
-            spec.n_atoms, member.out_features, member.n_stored, spec.value_dtype
-        )
+        rows, columns = spec.coefficients_shape(member)
+        layout = FORMATS.create(spec.format).layout(rows, columns, member.n_stored, spec.value_dtype)
         self.coefficient_names = tuple(layout)
         self._hold(layout, device)
         bias = torch.empty(member.out_features, dtype=bias_dtype, device=device) if member.bias else None
@@ -107,10 +109,10 @@ class SparseLinear(nn.Module):
         self._group.forget()
 
     def packed(self) -> PackedCoefficients:
-        """Give the stored coefficients, without copying them."""
+        """Give the stored coefficients, without copying them: S^T if the dictionary is on the side of the outputs."""
         spec = self._group.spec
         tensors = {local: getattr(self, local) for local in self.coefficient_names}
-        return PackedCoefficients(spec.format, self.n_atoms, self.out_features, spec.value_dtype, tensors)
+        return PackedCoefficients(spec.format, *spec.coefficients_shape(self.member), spec.value_dtype, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply.
@@ -128,17 +130,33 @@ class SparseLinear(nn.Module):
         bias = self._parameters["bias"]  # quicker than the attribute, on a path that every token takes
         return y if bias is None else y + bias.to(y.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self._main_tensor.device
+
+    @property
+    def _main_tensor(self) -> Tensor:
+        """The dictionary, or where none is stored the values of the coefficients."""
+        owner = self.owner
+        found: Tensor = getattr(owner, "dictionary") if owner.dictionary_names else getattr(self, "values")  # noqa: B009
+        return found
+
     def packed_dictionary(self) -> PackedDictionary:
         """Give the stored dictionary, without copying it."""
         owner = self.owner
-        return PackedDictionary(*(getattr(owner, name) for name in owner.dictionary_names))
+        return self._group.held([getattr(owner, name) for name in owner.dictionary_names])
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Multiply out, in float32 or better: the weight, shape (out_features, in_features), as in ``nn.Linear``."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        placement = Placement(self.owner.dictionary.device, exact)
+        placement = Placement(self.device, exact)
         with torch.no_grad():
-            return (unpacked(self.packed(), placement) @ placed(self.packed_dictionary(), placement)).to(dtype)
+            atoms = placed(self.packed_dictionary(), placement)
+            rows = dense_coefficients([self.packed()], placement).rows
+            if rows is None:
+                return atoms.to(dtype)
+            return (atoms @ rows if self._group.spec.side == "output" else rows @ atoms).to(dtype)
 
     def to_dense_module(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Give a dense layer of the class that this one replaced (``nn.Linear`` or the ``Conv1D`` of transformers).
@@ -146,9 +164,9 @@ class SparseLinear(nn.Module):
         Parameters
         ----------
         dtype : torch.dtype, optional
-            Of its weight and bias; if not given that of the dictionary, and float32 for 8-bit factors.
+            Of its weight and bias; if not given that of the dictionary, and float32 for whole numbers.
         """
-        held = self.owner.dictionary.dtype
+        held = self._main_tensor.dtype
         dtype = dtype or (held if held.is_floating_point else torch.float32)
         weight = self.to_dense(dtype)
         if issubclass(self.replaced, nn.Linear):
@@ -168,7 +186,8 @@ class SparseLinear(nn.Module):
         role = "owner" if self.owner is self else f"borrows from {spec.name}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, n_atoms={self.n_atoms}, "
-            f"format={spec.format}, value_dtype={spec.value_dtype}, bias={self.bias is not None}, {role}"
+            f"side={spec.side}, format={spec.format}, value_dtype={spec.value_dtype}, "
+            f"dictionary_dtype={spec.dictionary_dtype}, bias={self.bias is not None}, {role}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":

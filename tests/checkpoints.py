@@ -27,7 +27,15 @@ class Made:
 
 
 def random_group(
-    members, in_features, n_atoms, generator, format="bitmask", value_dtype="float32", biases=None, shared=True
+    members,
+    in_features,
+    n_atoms,
+    generator,
+    format="bitmask",
+    value_dtype="float32",
+    biases=None,
+    shared=True,
+    dictionary_dtype=None,
 ):
     """A packed random group: description and tensors."""
     scale = (in_features * n_atoms) ** -0.25
@@ -36,7 +44,20 @@ def random_group(
         matrix = torch.randn(n_atoms, width, generator=generator) * scale
         coefficients[name] = matrix * (torch.rand(matrix.shape, generator=generator) < 0.5)
     dictionary = torch.randn(in_features, n_atoms, generator=generator) * scale
-    return pack_group(SparseFactorization(dictionary, coefficients), format, value_dtype, biases or {}, shared)
+    factors = SparseFactorization(dictionary, coefficients)
+    return pack_group(factors, format, value_dtype, biases or {}, shared, dictionary_dtype)
+
+
+def random_output_group(
+    name, in_features, out_features, n_atoms, generator, format="bitmask", value_dtype="float32", biases=None
+):
+    """A packed random layer whose dictionary is on the side of the outputs: description and tensors."""
+    scale = (in_features * n_atoms) ** -0.25
+    sparse = torch.randn(n_atoms, in_features, generator=generator) * scale
+    sparse *= torch.rand(sparse.shape, generator=generator) < 0.5
+    dictionary = torch.randn(out_features, n_atoms, generator=generator) * scale
+    factors = SparseFactorization(dictionary, {name: sparse}, side="output")
+    return pack_group(factors, format, value_dtype, biases or {}, True)
 
 
 def make_checkpoint(
@@ -46,8 +67,12 @@ def make_checkpoint(
     value_dtype="float32",
     dtype=torch.float32,
     max_shard_bytes=5 * 10**9,
+    output_sided=(),
 ):
-    """Write a checkpoint of a tiny model; groups are the layers that receive the same input."""
+    """Write a checkpoint of a tiny model; groups are the layers that receive the same input.
+
+    Layers alone in their group whose name ends in one of ``output_sided`` have their dictionary on that side.
+    """
     model = tiny_model(architecture).to(dtype)
     dense = copy.deepcopy(model)
     experts = split_experts(model)
@@ -61,7 +86,12 @@ def make_checkpoint(
         members = {layer.name: layer.out_features for layer in group}
         biases = {layer.name: model.get_submodule(layer.name).bias for layer in group if layer.bias}
         width = group[0].in_features
-        groups.append(random_group(members, width, width + 3, generator, format, value_dtype, biases))
+        if len(group) == 1 and group[0].name.endswith(output_sided):
+            (name, outputs), *_ = members.items()
+            made = random_output_group(name, width, outputs, outputs + 3, generator, format, value_dtype, biases)
+        else:
+            made = random_group(members, width, width + 3, generator, format, value_dtype, biases)
+        groups.append(made)
     config = CheckpointConfig(tuple(spec for spec, _ in groups), tuple(experts), "auto", "0.1.0")
     names = {member.name for spec in config.groups for member in spec.members}
     with ShardWriter(folder, max_shard_bytes) as writer:

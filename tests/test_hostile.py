@@ -27,10 +27,15 @@ def folder(tmp_path):
 
 
 def small_checkpoint(folder, format="bitmask", value_dtype="bfloat16", shards=1, change=None):
-    """Two layers in one group beside one ordinary tensor; ``change`` edits the tensors before they are written."""
+    """Two layers in one group beside one ordinary tensor; ``change`` edits the tensors before they are written.
+
+    The value dtype may name the dictionary's too: "int4 with int3g32".
+    """
     generator = torch.Generator().manual_seed(0)
     biases = {"block.q": torch.ones(6)}
-    spec, tensors = random_group({"block.q": 6, "block.k": 4}, 5, 11, generator, format, value_dtype, biases)
+    values, _, atoms = value_dtype.partition(" with ")
+    members = {"block.q": 6, "block.k": 4}
+    spec, tensors = random_group(members, 5, 11, generator, format, values, biases, dictionary_dtype=atoms or None)
     if change:
         change(tensors)
     with ShardWriter(folder, 10**9 if shards == 1 else 1) as writer:
@@ -66,7 +71,7 @@ def rewrite_header(path, change):
 
 
 @pytest.mark.parametrize("format", ["bitmask", "csr", "dense"])
-@pytest.mark.parametrize("value_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("value_dtype", ["bfloat16", "int8", "bfloat16 with int8", "float32 with int4g32"])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_undamaged_checkpoint_is_accepted(tmp_path, format, value_dtype, shards):
     folder = small_checkpoint(tmp_path / "model", format, value_dtype, shards)
@@ -96,13 +101,17 @@ CONFIGS = {
         "bfloat14",
     ),
     "another dictionary dtype": (description(lambda q: q["groups"][0].update(dictionary_dtype="float64")), "'float64'"),
-    "an 8-bit dictionary beside other values": (
-        description(lambda q: q["groups"][0].update(dictionary_dtype="int8")),
-        "'bfloat16' with 'int8'",
+    "a dictionary dtype that is for values": (
+        description(lambda q: q["groups"][0].update(dictionary_dtype="int4")),
+        "'int4' is no dtype of a dictionary",
     ),
-    "8-bit values beside another dictionary": (
-        description(lambda q: q["groups"][0].update(value_dtype="int8")),
-        "'int8' with 'bfloat16'",
+    "a value dtype that is for dictionaries": (
+        description(lambda q: q["groups"][0].update(value_dtype="int4g32")),
+        "'bitmask' does not store 'int4g32' values",
+    ),
+    "a format that no two layers share": (
+        description(lambda q: q["groups"][0].update(format="identity", value_dtype="none")),
+        "one layer in a group, found 2",
     ),
     "a layer named twice": (
         description(lambda q: q["groups"][0]["members"][1].update(name="block.q")),
@@ -236,7 +245,7 @@ def test_bytes_behind_the_data_are_refused(folder):
     refused(folder, SINGLE)
 
 
-@pytest.mark.parametrize("value_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("value_dtype", ["bfloat16", "int8", "int4 with int3g32", "int6 with int4g64"])
 @given(position=st.integers(0, 2000), value=st.integers(0, 255))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_byte_is_noticed_or_harmless(tmp_path_factory, value_dtype, position, value):
@@ -254,6 +263,15 @@ def test_a_changed_byte_is_noticed_or_harmless(tmp_path_factory, value_dtype, po
     assert all(bool(torch.isfinite(part).all()) for part in (factors.dictionary, *factors.coefficients.values()))
 
 
+def one_more(mask):
+    """Set a bit that is not set yet, where the values of an even number of bits have room for it."""
+    assert int(torch.tensor([bin(byte).count("1") for byte in mask.flatten().tolist()]).sum()) % 2
+    for place in range(11):
+        if not mask[0, place // 8] >> place % 8 & 1:
+            mask[0, place // 8] |= 1 << place % 8
+            return
+
+
 def set_first(key, value):
     def change(tensors):
         tensors[key] = tensors[key].clone()
@@ -263,6 +281,42 @@ def set_first(key, value):
 
 
 TENSORS = {
+    "an 8-bit dictionary that is not": (
+        "bitmask",
+        "bfloat16 with int8",
+        lambda t: t.update({"block.q.dictionary": t["block.q.dictionary"].bfloat16()}),
+        "block.q.dictionary",
+    ),
+    "a 4-bit mask that counts one more": (
+        "bitmask",
+        "int4",
+        lambda t: one_more(t["block.k.mask"]),
+        "block.k.values: ",
+    ),
+    "padding bits of 6-bit values": (
+        "dense",
+        "int6 with int3g32",
+        lambda t: t["block.q.values"][-1].bitwise_or_(0xF0),
+        "block.q.values: padding bits",
+    ),
+    "padding bits of an atom": (
+        "bitmask",
+        "bfloat16 with int3g32",
+        lambda t: t["block.q.dictionary"][3, -1].bitwise_or_(0x80),
+        "block.q.dictionary: padding bits",
+    ),
+    "a row of atoms that is too short": (
+        "bitmask",
+        "bfloat16 with int4g64",
+        lambda t: t.update({"block.q.dictionary": t["block.q.dictionary"][:, :-1]}),
+        "block.q.dictionary",
+    ),
+    "float32 scales of groups": (
+        "bitmask",
+        "bfloat16 with int4g64",
+        lambda t: t.update({"block.q.dictionary_scales": t["block.q.dictionary_scales"].float()}),
+        "block.q.dictionary_scales",
+    ),
     "NaN in the values": ("bitmask", "bfloat16", set_first("block.k.values", float("nan")), "block.k.values"),
     "infinity in the values": ("csr", "float16", set_first("block.k.values", float("inf")), "block.k.values"),
     "NaN in the dictionary": (
@@ -361,6 +415,11 @@ TENSORS = {
             for value in (float("nan"), float("inf"), -1.0, 0.0, 2.0**-127, 3e38, 1 + 2.0**-16)
         ),
     ]
+}
+TENSORS |= {
+    f"a scale of {value} among 4-bit {key}": ("bitmask", "int4 with int4g32", set_first(key, value), key)
+    for key in ("block.k.scales", "block.q.dictionary_scales")
+    for value in (float("nan"), -float("inf"), 0.0, -(2.0**-127), -3e38)
 }
 
 

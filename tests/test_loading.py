@@ -69,6 +69,35 @@ def test_a_checkpoint_computes_what_its_dense_model_does_and_survives_saving(arc
     assert {n: p.shape for n, p in plain.named_parameters()} == {n: p.shape for n, p in made.dense.named_parameters()}
 
 
+# Layers that add to the residual stream: alone in their groups, with a bias in two of the models.
+OUTPUT_SIDED = {"llama": ("down_proj", "o_proj"), "gpt2": ("c_proj",), "opt": ("fc2", "out_proj")}
+
+
+@pytest.mark.parametrize("architecture", OUTPUT_SIDED)
+@pytest.mark.parametrize(("format", "value_dtype"), [("bitmask", "float32"), ("csr", "int8"), ("dense", "bfloat14")])
+def test_a_model_with_dictionaries_on_the_side_of_the_outputs(architecture, format, value_dtype, tmp_path):
+    names = OUTPUT_SIDED[architecture]
+    made = make_checkpoint(tmp_path / "first", architecture, format, value_dtype, output_sided=names)
+    turned = [group for group in made.config.groups if group.side == "output"]
+    assert len(turned) == 4  # two in each of two blocks
+    assert len(turned) < len(made.config.groups)
+    assert verify_checkpoint(made.folder) == made.config
+
+    expected = outputs(made.dense, WINDOWS)
+    model = load(made.folder)
+    assert close(outputs(model, WINDOWS), expected, 2e-5)
+    for backend in ("reference", "torch"):
+        assert close(outputs(load(made.folder, backend=backend), WINDOWS), expected)
+
+    model.save_pretrained(tmp_path / "second")
+    assert read_config(tmp_path / "second") == made.config
+    same_tensors(read_tensors(made.folder), read_tensors(tmp_path / "second"))
+    assert close(outputs(load(tmp_path / "second"), WINDOWS), outputs(model, WINDOWS), 1e-6)
+
+    dense = decompress(made.folder, tmp_path / "dense")
+    assert close(outputs(type(made.dense).from_pretrained(dense), WINDOWS), expected)
+
+
 @pytest.mark.parametrize(
     ("format", "value_dtype"), [("bitmask", "bfloat14"), ("csr", "bfloat16"), ("dense", "float16")]
 )

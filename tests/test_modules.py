@@ -12,7 +12,7 @@ from cospadi.backends.reference import ReferenceBackend
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.factorization import SparseFactorization
 from cospadi.formats.checkpoint import CheckpointConfig
-from cospadi.formats.packing import unpack_group
+from cospadi.formats.packing import pack_group, unpack_group
 from cospadi.modules import SparseLinear, build_group, install, restore_dense, set_backend
 
 from .checkpoints import random_group
@@ -239,86 +239,177 @@ def test_dense_modules_come_back_in_the_class_that_was_replaced(group):
         torch.testing.assert_close(model(tokens()), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(params=["bitmask", "csr", "dense"])
-def eight_bit_group(request):
+WHOLE_NUMBERS = [
+    *((format, "int8", None) for format in ("bitmask", "csr", "dense")),
+    ("bitmask", "int4", "int4g32"),
+    ("dense", "int6", "int3g64"),
+]
+
+
+@pytest.fixture(params=WHOLE_NUMBERS, ids=lambda p: "-".join(map(str, p)))
+def quantised_group(request):
+    format, value_dtype, dictionary_dtype = request.param
     biases = {name: torch.ones(width) for name, width in MEMBERS.items()}
-    return random_group(MEMBERS, 7, 10, torch.Generator().manual_seed(0), request.param, "int8", biases)
+    generator = torch.Generator().manual_seed(0)
+    return random_group(MEMBERS, 7, 10, generator, format, value_dtype, biases, dictionary_dtype=dictionary_dtype)
 
 
 @pytest.fixture
-def eight_bit(eight_bit_group):
-    spec, tensors = eight_bit_group
+def quantised(quantised_group):
+    spec, tensors = quantised_group
     model = Block()
     install(model, CheckpointConfig((spec,)), backend="reference")
     model.load_state_dict(tensors)
     return model
 
 
-def test_eight_bit_factors_run_in_every_dtype(eight_bit, eight_bit_group):
-    assert {name: (t.shape, t.dtype) for name, t in eight_bit.state_dict().items()} == {
-        name: (t.shape, t.dtype) for name, t in eight_bit_group[1].items()
+def test_quantised_factors_run_in_every_dtype(quantised, quantised_group):
+    assert {name: (t.shape, t.dtype) for name, t in quantised.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in quantised_group[1].items()
     }
-    assert [name for name, _ in eight_bit.named_parameters()] == ["q.bias", "k.bias", "v.bias"]
+    assert [name for name, _ in quantised.named_parameters()] == ["q.bias", "k.bias", "v.bias"]
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         x = tokens(dtype)
         with torch.no_grad():
-            y = eight_bit(x)
-        reference = expected(eight_bit_group, x)
+            y = quantised(x)
+        reference = expected(quantised_group, x)
         assert y.dtype == dtype
         assert (y.double() - reference).norm() / reference.norm() < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_conversions_keep_eight_bit_factors_and_their_scales(eight_bit, eight_bit_group, dtype):
+def test_conversions_keep_quantised_factors_and_their_scales(quantised, quantised_group, dtype):
     with torch.no_grad():
-        before = eight_bit(tokens(torch.float64))
-        eight_bit.to(dtype)
-        assert {eight_bit.q.bias.dtype, eight_bit.v.bias.dtype} == {dtype}
-        for name, tensor in eight_bit.state_dict().items():
+        before = quantised(tokens(torch.float64))
+        quantised.to(dtype)
+        assert {quantised.q.bias.dtype, quantised.v.bias.dtype} == {dtype}
+        for name, tensor in quantised.state_dict().items():
             if not name.endswith("bias"):
-                assert tensor.dtype == eight_bit_group[1][name].dtype
-                assert torch.equal(tensor, eight_bit_group[1][name])
-        assert torch.equal(eight_bit(tokens(torch.float64)), before)  # the biases are ones
+                assert tensor.dtype == quantised_group[1][name].dtype
+                assert torch.equal(tensor, quantised_group[1][name])
+        assert torch.equal(quantised(tokens(torch.float64)), before)  # the biases are ones
 
 
-def test_eight_bit_factors_move_load_and_copy(eight_bit, eight_bit_group):
+def test_quantised_factors_move_load_and_copy(quantised, quantised_group):
     with torch.no_grad():
-        before = eight_bit(tokens())
-        eight_bit.to("meta")
-        assert {tensor.device.type for tensor in eight_bit.state_dict().values()} == {"meta"}
-        eight_bit.load_state_dict(eight_bit_group[1], assign=True)
-        assert torch.equal(eight_bit(tokens()), before)
-        other = copy.deepcopy(eight_bit)
+        before = quantised(tokens())
+        quantised.to("meta")
+        assert {tensor.device.type for tensor in quantised.state_dict().values()} == {"meta"}
+        quantised.load_state_dict(quantised_group[1], assign=True)
+        assert torch.equal(quantised(tokens()), before)
+        other = copy.deepcopy(quantised)
         other.q.dictionary_scales.mul_(2)
         other.k.scales.mul_(2)
         unbiased = before - 1
         after = other(tokens()) - 1
         torch.testing.assert_close(after[..., :6], 2 * unbiased[..., :6])
         torch.testing.assert_close(after[..., 6:10], 4 * unbiased[..., 6:10])
-        assert torch.equal(eight_bit(tokens()), before)
+        assert torch.equal(quantised(tokens()), before)
 
 
-def test_eight_bit_factors_become_dense_layers(eight_bit, eight_bit_group):
-    factors = unpack_group(*eight_bit_group)
+def test_quantised_factors_become_dense_layers(quantised, quantised_group):
+    factors = unpack_group(*quantised_group)
     with torch.no_grad():
-        x, before = tokens(), eight_bit(tokens())
+        x, before = tokens(), quantised(tokens())
         for name in MEMBERS:
-            weight = eight_bit.get_submodule(name).to_dense(torch.float64)
+            weight = quantised.get_submodule(name).to_dense(torch.float64)
             torch.testing.assert_close(weight.T, factors.to_dense(name, torch.float64), rtol=1e-12, atol=1e-12)
-        dense = eight_bit.k.to_dense_module()
+        dense = quantised.k.to_dense_module()
         assert dense.weight.dtype == torch.float32
         torch.testing.assert_close(dense(x), before[..., 6:10], rtol=1e-4, atol=1e-5)
-        assert eight_bit.k.to_dense_module(torch.bfloat16).weight.dtype == torch.bfloat16
-        restore_dense(eight_bit)
-        assert {type(layer) for layer in eight_bit.children()} == {nn.Linear}
-        torch.testing.assert_close(eight_bit(x), before, rtol=1e-4, atol=1e-5)
+        assert quantised.k.to_dense_module(torch.bfloat16).weight.dtype == torch.bfloat16
+        restore_dense(quantised)
+        assert {type(layer) for layer in quantised.children()} == {nn.Linear}
+        torch.testing.assert_close(quantised(x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_scales_that_no_writer_gives_name_the_layer(eight_bit):
+@pytest.fixture(params=["bfloat16", "float32", "int8", "int4g32", "int3g64"])
+def whole_weights(request):
+    """Layers that are only quantised: a group for each, by the name of its layer."""
+    generator = torch.Generator().manual_seed(0)
+    groups = {}
+    for name, width in MEMBERS.items():
+        weight, bias = torch.randn(7, width, generator=generator), torch.randn(width, generator=generator)
+        factors = SparseFactorization.of_weight(name, weight)
+        groups[name] = pack_group(factors, "identity", "none", {name: bias}, True, request.param)
+    return groups
+
+
+@pytest.fixture
+def whole_block(whole_weights):
+    model = Block()
+    install(model, CheckpointConfig(tuple(spec for spec, _ in whole_weights.values())), backend="auto")
+    model.load_state_dict({key: t for _, tensors in whole_weights.values() for key, t in tensors.items()})
+    return model
+
+
+def product_of(whole_weights, x):
+    parts = []
+    for name, (spec, tensors) in whole_weights.items():
+        W = unpack_group(spec, tensors).to_dense(name, torch.float64)
+        parts.append(x.double() @ W + tensors[f"{name}.bias"].double())
+    return torch.cat(parts, dim=-1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_layers_that_are_only_quantised_run_convert_and_copy(whole_block, whole_weights, backend):
+    set_backend(whole_block, backend)
+    held = {name: tensor for name, tensor in whole_block.state_dict().items() if not name.endswith("bias")}
+    assert {name.split(".")[1] for name in held} <= {"dictionary", "dictionary_scales"}
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        x = tokens(dtype)
+        with torch.no_grad():
+            y = whole_block(x)
+            reference = product_of(whole_weights, x)
+            assert y.dtype == dtype
+            assert (y.double() - reference).norm() / reference.norm() < tolerance
+            assert torch.equal(copy.deepcopy(whole_block)(x), y)
+    torch._dynamo.reset()
     with torch.no_grad():
-        eight_bit.k.scales[0] = float("nan")
+        compiled = torch.compile(whole_block, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(tokens()), whole_block(tokens()))
+    converted = copy.deepcopy(whole_block).half().state_dict()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in held.items())
+
+
+def test_gradients_reach_x_through_layers_that_are_only_quantised(whole_block, whole_weights):
+    x, reference = tokens(torch.float64).requires_grad_(), tokens(torch.float64).requires_grad_()
+    weights = torch.arange(15.0, dtype=torch.float64)
+    (whole_block(x) * weights).sum().backward()
+    (product_of(whole_weights, reference) * weights).sum().backward()
+    torch.testing.assert_close(x.grad, reference.grad)
+
+
+def test_gradients_reach_a_floating_weight_without_coefficients():
+    spec, tensors = pack_group(
+        SparseFactorization.of_weight("a", torch.randn(7, 4)), "identity", "none", {}, True, "float32"
+    )
+    layer = build_group(spec)["a"]
+    layer.load_state_dict({"dictionary": tensors["a.dictionary"]})
+    layer.dictionary.requires_grad_()
+    x = tokens()
+    layer(x).square().sum().backward()
+    weight = tensors["a.dictionary"].clone().requires_grad_()
+    nn.functional.linear(x, weight).square().sum().backward()
+    torch.testing.assert_close(layer.dictionary.grad, weight.grad)
+
+
+def test_layers_that_are_only_quantised_become_dense_ones(whole_block, whole_weights):
+    with torch.no_grad():
+        x, before = tokens(), whole_block(tokens())
+        for name, (spec, tensors) in whole_weights.items():
+            W = unpack_group(spec, tensors).to_dense(name)
+            assert torch.equal(whole_block.get_submodule(name).to_dense().T, W)
+        restore_dense(whole_block, torch.float32)
+        assert {type(layer) for layer in whole_block.children()} == {nn.Linear}
+        torch.testing.assert_close(whole_block(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_scales_that_no_writer_gives_name_the_layer(quantised):
+    with torch.no_grad():
+        quantised.k.scales[0] = float("nan")
     with pytest.raises(CheckpointError, match=r"k\.scales"):
-        eight_bit(tokens())
+        quantised(tokens())
 
 
 def test_the_bias_has_the_dtype_and_device_that_are_asked_for(group):

@@ -84,9 +84,10 @@ class AutoBackend(Backend):
         backend = self.resolve(placement)
         return _Chosen(backend, backend.prepare_coefficients(members, placement))
 
-    def multiply(self, dictionary: _Chosen, coefficients: _Chosen, x: Tensor, member: int | None) -> Tensor:
+    def multiply(self, dictionary: _Chosen | None, coefficients: _Chosen, x: Tensor, member: int | None) -> Tensor:
         """Let the chosen backend multiply."""
-        return coefficients.backend.multiply(dictionary.prepared, coefficients.prepared, x, member)
+        factor = None if dictionary is None else dictionary.prepared
+        return coefficients.backend.multiply(factor, coefficients.prepared, x, member)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """What a runtime backend takes and gives: y = (x D) S for the layers of one group.
 
+Either product can be had alone: with the dictionary on the side of the outputs a layer is x S^T first, then a product
+with D^T, whose rows are stored like atoms.
+
 ``prepare_*`` may repack, compile or upload; ``multiply`` only runs.  The members of a group that shares its input are
 prepared side by side, so that x D is computed once and all their outputs come from one call.
 """
@@ -64,10 +67,13 @@ class Backend(abc.ABC):
 
         Parameters
         ----------
-        dictionary, coefficients
-            As prepared for the device and dtype of x.
+        dictionary
+            As prepared for the device and dtype of x.  None leaves the first product out: y = x S.
+        coefficients
+            Prepared likewise.  Those of the format ``identity`` leave the second product out: y = x D.  One of the two
+            products there always is.
         x : Tensor, shape (n_tokens, in_features), contiguous
-            At least one token.
+            At least one token.  Without a dictionary of shape (n_tokens, n_atoms).
         member : int or None
             Index of the layer that is wanted; None for all, their outputs side by side.
 

@@ -50,6 +50,15 @@ class Bitmap:
         return (self.ends[member - 1] if member else 0), self.ends[member]
 
 
+def as_bitmask(packed: PackedCoefficients) -> PackedCoefficients:
+    """Give the same coefficients in the format ``bitmask``, with the scales that they have."""
+    codec = FORMATS.create("bitmask")
+    if packed.format == codec.name:
+        return packed
+    stored = FORMATS.create(packed.format).unpack(packed)
+    return codec.pack(stored, packed.value_dtype, packed.tensors.get("scales"))
+
+
 def bitmap_of(members: Sequence[PackedCoefficients], device: torch.device) -> Bitmap:
     """Join layers stored in any format on a device.
 
@@ -58,7 +67,6 @@ def bitmap_of(members: Sequence[PackedCoefficients], device: torch.device) -> Bi
     CheckpointError
         The stored tensors contradict each other.
     """
-    codec = FORMATS.create("bitmask")
     masks: list[Tensor] = []
     values: list[Tensor] = []
     scales: list[Tensor] = []
@@ -66,11 +74,10 @@ def bitmap_of(members: Sequence[PackedCoefficients], device: torch.device) -> Bi
     for packed in members:
         tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
         packed = PackedCoefficients(packed.format, packed.n_atoms, packed.out_features, packed.value_dtype, tensors)
-        if packed.format != codec.name:
-            packed = codec.pack(FORMATS.create(packed.format).unpack(packed), packed.value_dtype)
+        packed = as_bitmask(packed)
+        codec = FORMATS.create(packed.format)
         codec.check(packed)
-        mask = packed.tensors["mask"]
-        count = int(count_bits(mask).sum())
+        mask, count = packed.tensors["mask"], codec.n_stored(packed)
         masks.append(mask)
         values.append(read_values(packed.tensors["values"], (count,), packed.value_dtype))
         scales += [packed.tensors["scales"]] if "scales" in packed.tensors else []

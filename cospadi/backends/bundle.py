@@ -1,6 +1,7 @@
 """The layers of a group at run time: what a backend prepared for them, and outputs that come from one call."""
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from cospadi.backends import operator
 from cospadi.backends.base import BACKENDS, Backend, Placement
-from cospadi.backends.dense_products import placed, unpacked
+from cospadi.backends.dense_products import dense_coefficients, placed
 from cospadi.backends.prepared import Prepared, Sources, prepare
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.factorization import GroupSpec
 from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
+from cospadi.formats.dictionary import dictionary_layout, held_dictionary
 
 
 class Group:
@@ -55,6 +57,13 @@ class Group:
         """Drop all that can be computed again."""
         self._prepared: dict[torch.device, Prepared] = {}
 
+    def held(self, tensors: Sequence[Tensor]) -> PackedDictionary:
+        """Give the dictionary as it is stored in these tensors, which have the order of ``dictionary_layout``."""
+        spec = self.spec
+        rows, row_length = spec.dictionary_shape
+        names = dictionary_layout(rows, row_length, spec.dictionary_dtype)
+        return held_dictionary(dict(zip(names, tensors, strict=True)), row_length, spec.dictionary_dtype)
+
     def dictionary(self, backend: Backend, placement: Placement, tensors: list[Tensor]) -> Any:
         """Give the dictionary as the backend prepares it; one per device is kept."""
         prepared = self._prepared.get(placement.device)
@@ -63,7 +72,7 @@ class Group:
             or prepared.backend != backend
             or not prepared.fits(prepared.backend, placement.dtype, tensors)
         ):
-            packed = PackedDictionary(*tensors)
+            packed = self.held(tensors)
             prepared = prepare(lambda runner: runner.prepare_dictionary(packed, placement), backend, placement, tensors)
             self._prepared[placement.device] = prepared
         return prepared.state
@@ -199,12 +208,15 @@ class Bundle:
             )
         if not x.numel():
             return x.new_zeros((*shape[:-1], self.width(member)))
-        dictionary, coefficients = prepared.state
-        wanted = None if member < 0 else member
-        if len(shape) == 2 or prepared.runner.any_shape:
-            return prepared.runner.multiply(dictionary, coefficients, x.contiguous(), wanted)
-        y = prepared.runner.multiply(dictionary, coefficients, x.reshape(-1, shape[-1]).contiguous(), wanted)
-        return y.view(*shape[:-1], y.shape[-1])
+        dictionary, coefficients, identity = prepared.state
+        runner, wanted = prepared.runner, None if member < 0 else member
+        flat = len(shape) != 2 and not runner.any_shape
+        x = (x.reshape(-1, shape[-1]) if flat else x).contiguous()
+        if identity is None:
+            y = runner.multiply(dictionary, coefficients, x, wanted)
+        else:
+            y = runner.multiply(dictionary, identity, runner.multiply(None, coefficients, x, None), None)
+        return y.view(*shape[:-1], y.shape[-1]) if flat else y
 
     def _prepare(self, placement: Placement, tensors: list[Tensor]) -> Prepared:
         self._places()
@@ -218,9 +230,16 @@ class Bundle:
             except CheckpointError as error:
                 raise CheckpointError(f"{layer.member.name}.{error}") from error
 
-        def make(runner: Backend) -> tuple[Any, Any]:
-            ready = self.group.dictionary(self.backend, placement, dictionary)
-            return ready, runner.prepare_coefficients(members, placement)
+        spec = self.group.spec
+
+        def make(runner: Backend) -> tuple[Any, Any, Any]:
+            ready = self.group.dictionary(self.backend, placement, dictionary) if dictionary else None
+            coefficients, identity = runner.prepare_coefficients(members, placement), None
+            if spec.side == "output":
+                width = self.layers[0].out_features
+                nothing = PackedCoefficients("identity", width, width, "none", {})
+                identity = runner.prepare_coefficients([nothing], placement)
+            return ready, coefficients, identity
 
         return prepare(make, self.backend, placement, tensors)
 
@@ -229,8 +248,7 @@ class Bundle:
         return [
             PackedCoefficients(
                 spec.format,
-                spec.n_atoms,
-                layer.out_features,
+                *spec.coefficients_shape(layer.member),
                 spec.value_dtype,
                 {name: next(left) for name in layer.coefficient_names},
             )
@@ -248,22 +266,26 @@ class Bundle:
     ) -> list[Tensor]:
         """Give the gradients to x, to the dictionary and to the stored values, by dense products.
 
-        With z = x D: to x (g S^T) D^T, to the dictionary x^T (g S^T), to the values z^T g where they are stored.
+        With z = x D: to x (g S^T) D^T, to the dictionary x^T (g S^T), to the values z^T g where they are stored.  With
+        the dictionary on the side of the outputs and z = x S^T: to x (g D) S, to the dictionary g^T z, to the values
+        x^T (g D).
         """
         placement = Placement(x.device, x.dtype)
         packed = self._packed(stored)
+        if self.group.spec.side == "output":
+            return self._gradients_of_output_side(gradient, x, dictionary, packed[0], wanted)
         chosen = range(len(packed)) if member < 0 else [member]
         g = gradient.reshape(-1, gradient.shape[-1])
         flat = x.reshape(-1, x.shape[-1])
-        D = placed(PackedDictionary(*dictionary), placement)
+        D = placed(self.group.held(dictionary), placement)
         parts = dict(zip(chosen, g.split([packed[m].out_features for m in chosen], dim=1), strict=True))
         to_z = g.new_zeros(g.shape[0], D.shape[0])
         for m, part in parts.items():
-            to_z += part @ unpacked(packed[m], placement)
+            to_z += dense_coefficients([packed[m]], placement).multiply_transposed(part)
         found: list[Tensor] = []
         if wanted[0]:
             found.append((to_z @ D).reshape(x.shape))
-        if wanted[1]:
+        if dictionary and wanted[1]:
             found.append((to_z.T @ flat).to(dictionary[0].dtype))
         z = flat @ D.T if any(wanted[1 + len(dictionary) :]) else None
         flags = iter(wanted[1 + len(dictionary) :])
@@ -276,6 +298,29 @@ class Bundle:
                 else:
                     to_entries = z.T @ parts[m]
                     found.append(FORMATS.create(coefficients.format).gather(coefficients, to_entries).to(tensor.dtype))
+        return found
+
+    def _gradients_of_output_side(
+        self,
+        gradient: Tensor,
+        x: Tensor,
+        dictionary: list[Tensor],
+        packed: PackedCoefficients,
+        wanted: list[bool],
+    ) -> list[Tensor]:
+        placement = Placement(x.device, x.dtype)
+        g, flat = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        coefficients = dense_coefficients([packed], placement)
+        to_z = g @ placed(self.group.held(dictionary), placement)
+        found: list[Tensor] = []
+        if wanted[0]:
+            found.append(coefficients.multiply_transposed(to_z).reshape(x.shape))
+        if wanted[1]:
+            found.append((g.T @ coefficients.multiply(flat, None)).to(dictionary[0].dtype))
+        codec = FORMATS.create(packed.format)
+        for tensor, is_wanted in zip(packed.tensors.values(), wanted[1 + len(dictionary) :], strict=True):
+            if is_wanted:
+                found.append(codec.gather(packed, flat.T @ to_z).to(tensor.dtype))
         return found
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cospadi.arrays import cupy_availability
 from cospadi.backends.base import Backend, Placement
-from cospadi.backends.dense_products import gpu_support, placed, unpacked
+from cospadi.backends.dense_products import gpu_support, is_identity, placed, projected, unpacked
 from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
@@ -38,7 +37,9 @@ class CupyBackend(Backend):
         return placed(dictionary, placement)
 
     def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> list[Any]:
-        """Make S^T of each layer a cupy CSR matrix."""
+        """Make S^T of each layer a cupy CSR matrix; there is none where S is the identity."""
+        if is_identity(members):
+            return []
         import cupy
         from cupyx.scipy.sparse import csr_matrix
 
@@ -49,9 +50,12 @@ class CupyBackend(Backend):
                 matrices.append(csr_matrix(cupy.from_dlpack(rows)))
         return matrices
 
-    def multiply(self, dictionary: Tensor, coefficients: list[Any], x: Tensor, member: int | None) -> Tensor:
-        """Multiply by the dense dictionary, then by the sparse coefficients, in float32 for the 16-bit dtypes."""
-        z = functional.linear(x, dictionary).to(_exact(x.dtype))
+    def multiply(self, dictionary: Tensor | None, coefficients: list[Any], x: Tensor, member: int | None) -> Tensor:
+        """Multiply by the dictionary, if there is one, then by the coefficients, in float32 for the 16-bit dtypes."""
+        z = projected(dictionary, x)
+        if not coefficients:
+            return z
+        z = z.to(_exact(x.dtype))
         matrices = coefficients if member is None else [coefficients[member]]
         return torch.cat([_product(matrix, z) for matrix in matrices], dim=1).to(x.dtype)
 

@@ -1,7 +1,7 @@
 """The two dense products x D and z S, which several backends share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import ClassVar, final
 
@@ -23,19 +23,29 @@ class DenseCoefficients:
 
     Attributes
     ----------
-    rows : Tensor, shape (out_features of all, n_atoms)
+    rows : Tensor, shape (out_features of all, n_atoms), or None
+        None where S is the identity, of a layer that is only quantised.
     ends : tuple of int
         Rows up to and including each layer.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     ends: tuple[int, ...]
 
-    def of(self, member: int | None) -> Tensor:
+    def of(self, member: int | None) -> Tensor | None:
         """Give the rows of one layer, or all."""
-        if member is None:
+        if member is None or self.rows is None:
             return self.rows
         return self.rows[self.ends[member - 1] if member else 0 : self.ends[member]]
+
+    def multiply(self, z: Tensor, member: int | None) -> Tensor:
+        """Give z S of one layer, or all; z itself where S is the identity."""
+        rows = self.of(member)
+        return z if rows is None else functional.linear(z, rows)
+
+    def multiply_transposed(self, y: Tensor) -> Tensor:
+        """Give y S^T of all layers; y itself where S is the identity."""
+        return y if self.rows is None else y @ self.rows
 
 
 class DenseProducts(Backend):
@@ -50,26 +60,53 @@ class DenseProducts(Backend):
 
     @final
     def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> DenseCoefficients:
-        """Unpack S with its zeros."""
+        """Unpack S with its zeros, unless it is the identity."""
         return dense_coefficients(members, placement)
 
     @final
-    def multiply(self, dictionary: Tensor, coefficients: DenseCoefficients, x: Tensor, member: int | None) -> Tensor:
-        """Multiply by the dense dictionary, then by the dense coefficients."""
-        return functional.linear(functional.linear(x, dictionary), coefficients.of(member))
+    def multiply(
+        self, dictionary: Tensor | None, coefficients: DenseCoefficients, x: Tensor, member: int | None
+    ) -> Tensor:
+        """Multiply by the dense dictionary, if there is one, then by the dense coefficients."""
+        return coefficients.multiply(projected(dictionary, x), member)
+
+
+def projected(dictionary: Tensor | None, x: Tensor) -> Tensor:
+    """Give x D, with atoms as rows; x itself without a dictionary."""
+    return x if dictionary is None else functional.linear(x, dictionary)
 
 
 def placed(dictionary: PackedDictionary, placement: Placement) -> Tensor:
     """Give a dictionary, atoms as rows, at its place; conversions happen there, where they are fast."""
-    values, scales = dictionary.values.detach().to(placement.device), dictionary.scales
-    there = PackedDictionary(values, None if scales is None else scales.detach().to(placement.device))
-    return unpack_dictionary(there).to(placement.dtype).contiguous()
+    return unpack_dictionary(moved(dictionary, placement.device)).to(placement.dtype).contiguous()
+
+
+def moved(dictionary: PackedDictionary, device: torch.device) -> PackedDictionary:
+    """Give a dictionary as it is stored on a device, contiguous."""
+    values, scales = dictionary.values.detach().to(device).contiguous(), dictionary.scales
+    return replace(
+        dictionary, values=values, scales=None if scales is None else scales.detach().to(device).contiguous()
+    )
+
+
+def without_strings(dictionary: PackedDictionary, placement: Placement) -> PackedDictionary:
+    """Give a dictionary that kernels can read, at its place: strings of bits become numbers in the dtype of x."""
+    if dictionary.grid is None:
+        return moved(dictionary, placement.device)
+    return PackedDictionary(placed(dictionary, placement))
 
 
 def dense_coefficients(members: Sequence[PackedCoefficients], placement: Placement) -> DenseCoefficients:
     """Unpack layers at their place."""
-    rows = [unpacked(packed, placement) for packed in members]
-    return DenseCoefficients(torch.cat(rows), tuple(accumulate(packed.out_features for packed in members)))
+    ends = tuple(accumulate(packed.out_features for packed in members))
+    if is_identity(members):
+        return DenseCoefficients(None, ends)
+    return DenseCoefficients(torch.cat([unpacked(packed, placement) for packed in members]), ends)
+
+
+def is_identity(members: Sequence[PackedCoefficients]) -> bool:
+    """Tell whether S is the identity, of a single layer."""
+    return len(members) == 1 and FORMATS.create(members[0].format).is_identity
 
 
 def unpacked(packed: PackedCoefficients, placement: Placement) -> Tensor:

@@ -3,14 +3,14 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cospadi.backends.base import Backend, Placement
-from cospadi.backends.dense_products import DenseCoefficients, dense_coefficients, float_support, placed
+from cospadi.backends.dense_products import DenseCoefficients, dense_coefficients, float_support, placed, projected
 from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
@@ -62,20 +62,21 @@ class TorchBackend(Backend):
     ) -> DenseCoefficients | SparseRows:
         """Choose between compressed rows and dense coefficients."""
         dense = dense_coefficients(members, placement)
-        if self.coefficients == "dense" or not _sparse_works(placement):
+        if dense.rows is None or self.coefficients == "dense" or not _sparse_works(placement):
             return dense
         count = int((dense.rows != 0).sum())
         if self.coefficients == "auto" and count > SPARSE_DENSITY * dense.rows.numel():
             return dense
-        return SparseRows(tuple(_compressed(dense.of(member)) for member in range(len(members))))
+        starts = (0, *dense.ends)
+        return SparseRows(tuple(_compressed(dense.rows[start:end]) for start, end in pairwise(starts)))
 
     def multiply(
-        self, dictionary: Tensor, coefficients: DenseCoefficients | SparseRows, x: Tensor, member: int | None
+        self, dictionary: Tensor | None, coefficients: DenseCoefficients | SparseRows, x: Tensor, member: int | None
     ) -> Tensor:
-        """Multiply by the dense dictionary, then by the coefficients as they were prepared."""
-        z = functional.linear(x, dictionary)
+        """Multiply by the dense dictionary, if there is one, then by the coefficients as they were prepared."""
+        z = projected(dictionary, x)
         if isinstance(coefficients, DenseCoefficients):
-            return functional.linear(z, coefficients.of(member))
+            return coefficients.multiply(z, member)
         layers = coefficients.layers if member is None else (coefficients.layers[member],)
         return torch.cat([layer @ z.T for layer in layers]).T.contiguous()
 

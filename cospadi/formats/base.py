@@ -11,12 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cospadi.formats.quantization import Grid
 from cospadi.registry import Availability, Registry
 
-VALUE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "bfloat14": 14, "int8": 8}
+VALUE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "bfloat14": 14, "int8": 8, "int6": 6, "int4": 4}
 """Bits of one stored coefficient.
 
-``bfloat14`` is bfloat16 without its two lowest mantissa bits; ``int8`` has a float32 scale per column of S besides.
+``bfloat14`` is bfloat16 without its two lowest mantissa bits; ``int8``, ``int6`` and ``int4`` have a float32 scale per
+column of S besides (``cospadi.formats.quantization``).
 """
 
 
@@ -31,7 +33,7 @@ class PackedCoefficients:
     n_atoms, out_features : int
         Shape of S.
     value_dtype : str
-        A key of ``VALUE_BITS``.
+        One of the format's ``value_dtypes``.
     tensors : dict of str to Tensor
         The format's tensors by their local names.
     """
@@ -49,14 +51,31 @@ class PackedDictionary:
 
     Attributes
     ----------
-    values : Tensor, shape (n_atoms, in_features), floating or int8
-        Atoms as rows.
-    scales : Tensor, shape (n_atoms,), float32, or None
-        For int8 values: atom i is ``values[i] * scales[i]``.
+    values : Tensor, shape (n_atoms, in_features), floating or int8, or (n_atoms, bytes of a row), uint8
+        Atoms as rows; where there is a grid, each as a string of bits (``cospadi.formats.bitstrings``).
+    scales : Tensor or None
+        For int8 values, shape (n_atoms,), float32: atom i is ``values[i] * scales[i]``.  With a grid as
+        ``cospadi.formats.quantization.scale_shape`` says.
+    grid : Grid or None
+        Of values that are strings of bits.
+    row_length : int or None
+        Numbers in each such string, or atoms of the identity, which is not stored: its values have no columns.
     """
 
     values: Tensor
     scales: Tensor | None = None
+    grid: Grid | None = None
+    row_length: int | None = None
+
+    @property
+    def in_features(self) -> int:
+        """Length of an atom."""
+        return self.values.shape[1] if self.row_length is None else self.row_length
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the dictionary is the identity and not stored."""
+        return self.grid is None and self.row_length is not None
 
 
 class Format(abc.ABC):
@@ -64,10 +83,21 @@ class Format(abc.ABC):
 
     Laws: ``unpack(pack(S, dtype))`` equals S rounded to the stored dtype, exactly; ``pack`` of the unpacked S gives the
     same tensors; the tensors have the names, shapes and dtypes of ``layout`` and together ``bits`` bits, rounded up to
-    whole bytes per tensor.
+    whole bytes per tensor.  S that lies on the grid of the scales that ``pack`` is given is stored exactly.
+
+    Attributes
+    ----------
+    name : str
+        In the registry.
+    value_dtypes : tuple of str
+        What it stores values in.
+    is_identity : bool
+        Whether S is always the identity and not stored: the dictionary is the weight, of a single layer.
     """
 
     name: ClassVar[str]
+    value_dtypes: ClassVar[tuple[str, ...]]
+    is_identity: ClassVar[bool] = False
 
     @classmethod
     def availability(cls) -> Availability:
@@ -89,17 +119,22 @@ class Format(abc.ABC):
         """Give local name to (shape, dtype) of every tensor: enough to build an empty module on the meta device."""
 
     @abc.abstractmethod
-    def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
+    def n_stored(self, packed: PackedCoefficients) -> int:
+        """Count the coefficients that are stored, of checked tensors."""
+
+    @abc.abstractmethod
+    def pack(self, coefficients: Tensor, value_dtype: str, scales: Tensor | None = None) -> PackedCoefficients:
         """Store S, shape (n_atoms, out_features), rounding the values to nearest even in ``value_dtype``.
 
-        For ``int8`` that is to multiples of the scale that ``quantize_rows`` gives each column.
+        For the dtypes that have a scale per column that is to multiples of the scale: the given one, shape
+        (out_features,), or that which ``quantize`` finds.
 
         Raises
         ------
         UsageError
-            The format does not offer this value dtype.
+            The format does not offer this value dtype, or scales are given to one that has none.
         NumericalError
-            A value overflows the dtype or is not finite.
+            A value overflows the dtype or is not finite, or a scale is not one that a file can hold.
         """
 
     @abc.abstractmethod
@@ -114,20 +149,22 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def unpack(self, packed: PackedCoefficients) -> Tensor:
-        """Give S, shape (n_atoms, out_features), in the stored dtype (bfloat16 for ``bfloat14``, float32 for ``int8``).
+        """Give S, shape (n_atoms, out_features), in the stored dtype, or one that holds it exactly.
+
+        That is bfloat16 for ``bfloat14`` and float32 for whole numbers with scales.
 
         Raises
         ------
         CheckpointError
             The tensors contradict each other: wrong shapes, a mask that counts other than the values, indices that are
-            out of range or not ascending, padding bits that are set, scales that ``quantize_rows`` never gives.
+            out of range or not ascending, padding bits that are set, scales that ``check_scales`` refuses.
         """
 
     @abc.abstractmethod
     def gather(self, packed: PackedCoefficients, matrix: Tensor) -> Tensor:
         """Give the entries of a matrix like S, shape (n_atoms, out_features), at the places that are stored.
 
-        They have the order and the shape of ``values`` (without 8-bit or 14-bit encoding), so this is the adjoint of
+        They have the order and the shape of ``values`` (without scales and strings of bits), so this is the adjoint of
         ``unpack``: what gradients to the stored values need.
         """
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cospadi.errors import CheckpointError
 from cospadi.formats.base import VALUE_BITS, Format, PackedCoefficients
+from cospadi.formats.bitstrings import check_strings, pack_strings, string_bytes
 from cospadi.formats.values import (
     decode_rows,
     encode_rows,
@@ -20,19 +21,18 @@ from cospadi.formats.values import (
     tensors_of,
 )
 
-_OFFERED = ("bfloat16", "float16", "float32", "bfloat14", "int8")
-
 
 @final
 class Bitmask(Format):
     """Values column by column and a packed bit mask; see docs/format.md, section 4.1."""
 
     name: ClassVar[str] = "bitmask"
+    value_dtypes: ClassVar[tuple[str, ...]] = tuple(VALUE_BITS)
 
     def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
         """Count the bits of values, mask and scales; the mask's rows are whole bytes."""
-        mask_bits = 8 * out_features * _row_bytes(n_atoms)
-        return VALUE_BITS[value_dtype] * n_stored + mask_bits + scales_bits(out_features, value_dtype)
+        mask_bits = 8 * out_features * string_bytes(n_atoms, 1)
+        return VALUE_BITS[value_dtype] * n_stored + mask_bits + scales_bits(out_features, n_atoms, value_dtype)
 
     def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
         """Count the non-zeros."""
@@ -41,21 +41,25 @@ class Bitmask(Format):
     def layout(
         self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Give ``values``, ``mask`` and, for ``int8``, ``scales``."""
-        require_value_dtype(value_dtype, _OFFERED, self.name)
+        """Give ``values``, ``mask`` and, for whole numbers, ``scales``."""
+        require_value_dtype(value_dtype, self.value_dtypes, self.name)
         return {
             "values": stored_layout((n_stored,), value_dtype),
-            "mask": ((out_features, _row_bytes(n_atoms)), torch.uint8),
-            **scales_layout(out_features, value_dtype),
+            "mask": ((out_features, string_bytes(n_atoms, 1)), torch.uint8),
+            **scales_layout(out_features, n_atoms, value_dtype),
         }
 
-    def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
+    def n_stored(self, packed: PackedCoefficients) -> int:
+        """Count the bits of the mask, since the length of a string of bits leaves the count open."""
+        return int(count_bits(packed.tensors["mask"]).sum())
+
+    def pack(self, coefficients: Tensor, value_dtype: str, scales: Tensor | None = None) -> PackedCoefficients:
         """Round, drop what is zero and pack the support."""
-        require_value_dtype(value_dtype, _OFFERED, self.name)
+        require_value_dtype(value_dtype, self.value_dtypes, self.name)
         n_atoms, out_features = coefficients.shape
-        rows, scales = encode_rows(coefficients.T.contiguous(), value_dtype)
+        rows, besides = encode_rows(coefficients.T.contiguous(), value_dtype, scales)
         support = rows != 0
-        tensors = {"values": store_values(rows[support], value_dtype), "mask": pack_bits(support), **scales}
+        tensors = {"values": store_values(rows[support], value_dtype), "mask": pack_bits(support), **besides}
         return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, tensors)
 
     def check(self, packed: PackedCoefficients) -> None:
@@ -75,11 +79,9 @@ class Bitmask(Format):
 
     def _read(self, packed: PackedCoefficients) -> Tensor:
         stored, mask = tensors_of(packed, "values", "mask")
-        expect("mask", mask, (packed.out_features, _row_bytes(packed.n_atoms)), torch.uint8)
-        used = packed.n_atoms % 8
-        if used and bool((mask[:, -1] >> used).any()):
-            raise CheckpointError("mask: padding bits beyond the last atom are set")
-        count = int(count_bits(mask).sum())
+        expect("mask", mask, (packed.out_features, string_bytes(packed.n_atoms, 1)), torch.uint8)
+        check_strings("mask", mask, packed.n_atoms, 1)
+        count = self.n_stored(packed)
         try:
             return read_values(stored, (count,), packed.value_dtype)
         except CheckpointError as error:
@@ -88,13 +90,7 @@ class Bitmask(Format):
 
 def pack_bits(support: Tensor) -> Tensor:
     """Pack booleans, shape (rows, n), into bytes, shape (rows, ceil(n / 8)), the lowest bit first."""
-    rows, n = support.shape
-    padded = support.new_zeros((rows, _row_bytes(n) * 8), dtype=torch.uint8)
-    padded[:, :n] = support
-    mask = support.new_zeros((rows, _row_bytes(n)), dtype=torch.uint8)
-    for bit in range(8):
-        mask |= padded[:, bit::8] << bit
-    return mask
+    return pack_strings(support, 1)
 
 
 def unpack_bits(mask: Tensor, n: int) -> Tensor:
@@ -110,7 +106,3 @@ def count_bits(mask: Tensor) -> Tensor:
     pairs = mask - ((mask >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((fours + (fours >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)
-
-
-def _row_bytes(n_atoms: int) -> int:
-    return (n_atoms + 7) // 8

@@ -1,6 +1,7 @@
 """The checkpoint folder: its description in config.json and the writer of its shards.  See docs/format.md."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from cospadi.errors import CheckpointError, UsageError
 from cospadi.factorization import GroupSpec
-from cospadi.formats.base import FORMATS, VALUE_BITS
-from cospadi.formats.dictionary import dictionary_dtype_of, dictionary_layout
+from cospadi.formats.base import FORMATS
+from cospadi.formats.dictionary import dictionary_layout
+from cospadi.formats.packing import require_held, require_sharing
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "cospadi"
@@ -109,12 +111,11 @@ def expected_tensors(group: GroupSpec) -> dict[str, tuple[tuple[int, ...], tuple
     """Give every tensor of a group by checkpoint name: its shape and the dtypes it may have."""
     layout = FORMATS.create(group.format).layout
     tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
-    for local, (shape, dtype) in dictionary_layout(group.n_atoms, group.in_features, group.dictionary_dtype).items():
+    for local, (shape, dtype) in dictionary_layout(*group.dictionary_shape, group.dictionary_dtype).items():
         tensors[f"{group.name}.{local}"] = (shape, (dtype,))
     for member in group.members:
-        for local, (shape, dtype) in layout(
-            group.n_atoms, member.out_features, member.n_stored, group.value_dtype
-        ).items():
+        rows, columns = group.coefficients_shape(member)
+        for local, (shape, dtype) in layout(rows, columns, member.n_stored, group.value_dtype).items():
             tensors[f"{member.name}.{local}"] = (shape, (dtype,))
         if member.bias:
             tensors[f"{member.name}.bias"] = ((member.out_features,), (torch.bfloat16, torch.float16, torch.float32))
@@ -133,16 +134,16 @@ def _check_group(group: GroupSpec, seen: set[str]) -> None:
     where = f"quantization_config: group {group.name}"
     for member in group.members:
         _check_name(member.name, seen)
-    if group.value_dtype not in VALUE_BITS or group.dictionary_dtype != dictionary_dtype_of(group.value_dtype):
-        raise CheckpointError(f"{where}: unknown dtypes {group.value_dtype!r} with {group.dictionary_dtype!r}")
     for member in group.members:
         sides = (group.in_features, group.n_atoms, member.out_features)
         entries = group.n_atoms * max(group.in_features, member.out_features)
         if not all(1 <= side <= _MAX_SIDE for side in sides) or entries > _MAX_ENTRIES:
             raise CheckpointError(f"{where}: sizes {sides} of {member.name} are beyond what the format allows")
-        if member.n_stored > group.n_atoms * member.out_features:
+        if member.n_stored > math.prod(group.coefficients_shape(member)):
             raise CheckpointError(f"{where}: {member.name} stores more coefficients than it has")
     try:
+        require_sharing(FORMATS.create(group.format), group.members, group.side)
+        require_held(FORMATS.create(group.format), group.dictionary_dtype, group.side)
         expected_tensors(group)
     except UsageError as error:
         raise CheckpointError(f"{where}: {error}") from error

@@ -19,21 +19,20 @@ from cospadi.formats.values import (
     tensors_of,
 )
 
-_OFFERED = ("bfloat16", "float16", "float32", "int8")
-
 
 @final
 class CSR(Format):
     """Values, atoms and row pointers of S^T; see docs/format.md, section 4.2."""
 
     name: ClassVar[str] = "csr"
+    value_dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32", "int8")
 
     def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
         """Count the bits of values, atoms, row pointers and scales."""
-        require_value_dtype(value_dtype, _OFFERED, self.name)
+        require_value_dtype(value_dtype, self.value_dtypes, self.name)
         index_bits, pointer_bits = 8 * _index_dtype(n_atoms).itemsize, 8 * _pointer_dtype(n_stored).itemsize
         list_bits = (VALUE_BITS[value_dtype] + index_bits) * n_stored
-        return list_bits + pointer_bits * (out_features + 1) + scales_bits(out_features, value_dtype)
+        return list_bits + pointer_bits * (out_features + 1) + scales_bits(out_features, n_atoms, value_dtype)
 
     def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
         """Count the non-zeros."""
@@ -43,25 +42,29 @@ class CSR(Format):
         self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Give ``values``, ``columns``, ``row_pointers`` and, for ``int8``, ``scales``."""
-        require_value_dtype(value_dtype, _OFFERED, self.name)
+        require_value_dtype(value_dtype, self.value_dtypes, self.name)
         return {
             "values": ((n_stored,), HOLDING_DTYPES[value_dtype]),
             "columns": ((n_stored,), _index_dtype(n_atoms)),
             "row_pointers": ((out_features + 1,), _pointer_dtype(n_stored)),
-            **scales_layout(out_features, value_dtype),
+            **scales_layout(out_features, n_atoms, value_dtype),
         }
 
-    def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
+    def n_stored(self, packed: PackedCoefficients) -> int:
+        """Count the values."""
+        return packed.tensors["values"].numel()
+
+    def pack(self, coefficients: Tensor, value_dtype: str, scales: Tensor | None = None) -> PackedCoefficients:
         """Round, drop what is zero and list the rest."""
-        require_value_dtype(value_dtype, _OFFERED, self.name)
+        require_value_dtype(value_dtype, self.value_dtypes, self.name)
         n_atoms, out_features = coefficients.shape
-        rows, scales = encode_rows(coefficients.T.contiguous(), value_dtype)
+        rows, besides = encode_rows(coefficients.T.contiguous(), value_dtype, scales)
         support = rows != 0
         values = rows[support]
         pointers = torch.zeros(out_features + 1, dtype=_pointer_dtype(values.numel()), device=rows.device)
         pointers[1:] = support.sum(dim=1).cumsum(0)
         columns = support.nonzero()[:, 1].to(_index_dtype(n_atoms))
-        tensors = {"values": values, "columns": columns, "row_pointers": pointers, **scales}
+        tensors = {"values": values, "columns": columns, "row_pointers": pointers, **besides}
         return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, tensors)
 
     def check(self, packed: PackedCoefficients) -> None:

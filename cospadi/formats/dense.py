@@ -18,18 +18,17 @@ from cospadi.formats.values import (
     tensors_of,
 )
 
-_OFFERED = ("bfloat16", "float16", "float32", "bfloat14", "int8")
-
 
 @final
 class Dense(Format):
     """The transpose of S, (out_features, n_atoms); see docs/format.md, section 4.3."""
 
     name: ClassVar[str] = "dense"
+    value_dtypes: ClassVar[tuple[str, ...]] = tuple(VALUE_BITS)
 
     def bits(self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str) -> int:
         """Count the bits of values and scales."""
-        return VALUE_BITS[value_dtype] * n_stored + scales_bits(out_features, value_dtype)
+        return VALUE_BITS[value_dtype] * n_stored + scales_bits(out_features, n_atoms, value_dtype)
 
     def count_stored(self, n_atoms: int, out_features: int, n_nonzero: int) -> int:
         """Count every entry, zero or not."""
@@ -38,21 +37,25 @@ class Dense(Format):
     def layout(
         self, n_atoms: int, out_features: int, n_stored: int, value_dtype: str
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Give ``values`` and, for ``int8``, ``scales``."""
-        require_value_dtype(value_dtype, _OFFERED, self.name)
+        """Give ``values`` and, for whole numbers, ``scales``."""
+        require_value_dtype(value_dtype, self.value_dtypes, self.name)
         values = stored_layout((out_features, n_atoms), value_dtype)
-        return {"values": values, **scales_layout(out_features, value_dtype)}
+        return {"values": values, **scales_layout(out_features, n_atoms, value_dtype)}
 
-    def pack(self, coefficients: Tensor, value_dtype: str) -> PackedCoefficients:
+    def n_stored(self, packed: PackedCoefficients) -> int:
+        """Count every entry."""
+        return packed.n_atoms * packed.out_features
+
+    def pack(self, coefficients: Tensor, value_dtype: str, scales: Tensor | None = None) -> PackedCoefficients:
         """Round and transpose."""
-        require_value_dtype(value_dtype, _OFFERED, self.name)
+        require_value_dtype(value_dtype, self.value_dtypes, self.name)
         n_atoms, out_features = coefficients.shape
-        rows, scales = encode_rows(coefficients.T.contiguous(), value_dtype)
-        tensors = {"values": store_values(rows, value_dtype), **scales}
+        rows, besides = encode_rows(coefficients.T.contiguous(), value_dtype, scales)
+        tensors = {"values": store_values(rows, value_dtype), **besides}
         return PackedCoefficients(self.name, n_atoms, out_features, value_dtype, tensors)
 
     def check(self, packed: PackedCoefficients) -> None:
-        """Check shape and dtype, the padding of ``bfloat14`` and the scales."""
+        """Check shape and dtype, the padding of strings of bits and the scales."""
         self._read(packed)
 
     def unpack(self, packed: PackedCoefficients) -> Tensor:

@@ -1,14 +1,17 @@
-"""How coefficients are stored: rounding to a value dtype.
+"""How coefficients are stored: rounding to a value dtype, and values of few bits as strings of bits.
 
-``bfloat14`` has four values in seven bytes, ``int8`` a tensor ``scales`` beside the values.
+Whole numbers have a tensor ``scales`` beside the values, one for each column of S.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from cospadi.errors import CheckpointError, NumericalError, UsageError
 from cospadi.formats.base import VALUE_BITS, PackedCoefficients
-from cospadi.formats.quantization import SCALE_BITS, check_quantized, check_scales, dequantize_rows, quantize_rows
+from cospadi.formats.bitstrings import pack_strings, string_bytes, unpack_strings
+from cospadi.formats.quantization import check_quantized, check_scales, dequantize, grid_of, quantize, scale_shape
 
 HOLDING_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -16,10 +19,14 @@ HOLDING_DTYPES = {
     "float32": torch.float32,
     "bfloat14": torch.bfloat16,
     "int8": torch.int8,
+    "int6": torch.int8,
+    "int4": torch.int8,
 }
-"""The torch dtype that holds a value of each value dtype exactly; for ``int8`` without its scale."""
+"""The torch dtype that holds a value of each value dtype exactly; for whole numbers without their scale."""
 
-_CODE = (1 << 14) - 1
+_STRINGS = ("bfloat14", "int6", "int4")
+"""Value dtypes that no tensor dtype has: strings of bits."""
+
 _EXPONENT = 0x1FE0
 _DROPPED = 18  # bits of a float32 mantissa that bfloat14 lacks
 
@@ -46,7 +53,7 @@ def round_values(values: Tensor, value_dtype: str) -> Tensor:
     values : Tensor, any shape, floating
         float64 passes through float32.
     value_dtype : str
-        A key of ``VALUE_BITS``, not ``int8``.
+        A floating key of ``VALUE_BITS``.
 
     Returns
     -------
@@ -79,60 +86,82 @@ def round_values(values: Tensor, value_dtype: str) -> Tensor:
     return rounded
 
 
-def encode_rows(rows: Tensor, value_dtype: str) -> tuple[Tensor, dict[str, Tensor]]:
+def require_no_scales(dtype: str, scales: Tensor | None) -> None:
+    """Refuse scales for a floating dtype.
+
+    Raises
+    ------
+    UsageError
+        There are some.
+    """
+    if scales is not None:
+        raise UsageError(f"{dtype} has no scales: store the dtype that they were made for, or leave them out")
+
+
+def encode_rows(rows: Tensor, value_dtype: str, scales: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Round S^T, shape (out_features, n_atoms), for storage.
+
+    Parameters
+    ----------
+    rows : Tensor
+    value_dtype : str
+    scales : Tensor, shape (out_features,), optional
+        For whole numbers; those of the largest magnitudes if not given.
 
     Returns
     -------
     Tensor, same shape
         In the holding dtype.
     dict of str to Tensor
-        What is stored besides: ``scales`` for ``int8``, else nothing.
+        What is stored besides: ``scales`` for whole numbers, else nothing.
 
     Raises
     ------
     NumericalError
-        A value overflows the dtype or is not finite.
+        A value overflows the dtype or is not finite, or a scale is not one that a file can hold.
+    UsageError
+        Scales are given to a floating dtype.
     """
-    if value_dtype != "int8":
+    grid = grid_of(value_dtype)
+    if grid is None:
+        require_no_scales(value_dtype, scales)
         return round_values(rows, value_dtype), {}
-    values, scales = quantize_rows(rows)
+    values, scales = quantize(rows, grid, scales)
     return values, {"scales": scales}
 
 
 def decode_rows(rows: Tensor, packed: PackedCoefficients) -> Tensor:
-    """Give S^T from S^T in the holding dtype: for ``int8`` times the scales, in float32."""
-    return dequantize_rows(rows, packed.tensors["scales"]) if packed.value_dtype == "int8" else rows
+    """Give S^T from S^T in the holding dtype: for whole numbers times the scales, in float32."""
+    grid = grid_of(packed.value_dtype)
+    return rows if grid is None else dequantize(rows, packed.tensors["scales"], grid)
 
 
-def scales_layout(out_features: int, value_dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Give ``scales`` with shape and dtype for ``int8``, else nothing."""
-    return {"scales": ((out_features,), torch.float32)} if value_dtype == "int8" else {}
+def scales_layout(out_features: int, n_atoms: int, value_dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Give ``scales`` with shape and dtype for whole numbers, else nothing."""
+    grid = grid_of(value_dtype)
+    return {} if grid is None else {"scales": (scale_shape(out_features, n_atoms, grid), grid.scale_dtype)}
 
 
-def scales_bits(out_features: int, value_dtype: str) -> int:
+def scales_bits(out_features: int, n_atoms: int, value_dtype: str) -> int:
     """Count the bits of the scales."""
-    return SCALE_BITS * out_features if value_dtype == "int8" else 0
+    layout = scales_layout(out_features, n_atoms, value_dtype)
+    return sum(8 * dtype.itemsize * math.prod(shape) for shape, dtype in layout.values())
 
 
 def stored_layout(shape: tuple[int, ...], value_dtype: str) -> tuple[tuple[int, ...], torch.dtype]:
     """Give shape and dtype of the tensor that stores values of a shape."""
-    if value_dtype != "bfloat14":
+    if value_dtype not in _STRINGS:
         return shape, HOLDING_DTYPES[value_dtype]
-    count = 1
-    for size in shape:
-        count *= size
-    return (packed_bytes(count),), torch.uint8
-
-
-def packed_bytes(count: int) -> int:
-    """Count the bytes of ``count`` bfloat14 values."""
-    return (count * VALUE_BITS["bfloat14"] + 7) // 8
+    return (string_bytes(math.prod(shape), VALUE_BITS[value_dtype]),), torch.uint8
 
 
 def store_values(values: Tensor, value_dtype: str) -> Tensor:
     """Give the stored tensor of values that are already rounded (in the holding dtype)."""
-    return _pack14(values.reshape(-1)) if value_dtype == "bfloat14" else values.contiguous()
+    if value_dtype not in _STRINGS:
+        return values.contiguous()
+    values, grid = values.reshape(1, -1), grid_of(value_dtype)
+    codes = (values.view(torch.int16).to(torch.int32) & 0xFFFF) >> 2 if grid is None else values - grid.lowest
+    return pack_strings(codes, VALUE_BITS[value_dtype])[0]
 
 
 def read_values(stored: Tensor, shape: tuple[int, ...], value_dtype: str) -> Tensor:
@@ -141,13 +170,21 @@ def read_values(stored: Tensor, shape: tuple[int, ...], value_dtype: str) -> Ten
     Raises
     ------
     CheckpointError
-        The tensor has the wrong shape or dtype for values of this shape, 14-bit values have padding bits set or are
-        not finite, or an 8-bit value is -128.
+        The tensor has the wrong shape or dtype for values of this shape, a string of bits has bits set beyond its end,
+        14-bit values are not finite, or an 8-bit value is -128.
     """
     expect("values", stored, *stored_layout(shape, value_dtype))
-    if value_dtype == "int8":
-        check_quantized("values", stored)
-    return _unpack14(stored, shape) if value_dtype == "bfloat14" else stored
+    grid = grid_of(value_dtype)
+    if value_dtype not in _STRINGS:
+        if grid is not None:
+            check_quantized("values", stored, grid)
+        return stored
+    codes = unpack_strings("values", stored[None], math.prod(shape), VALUE_BITS[value_dtype]).reshape(shape)
+    if grid is not None:
+        return codes.to(torch.int8) + grid.lowest
+    if bool((codes & _EXPONENT == _EXPONENT).any()):
+        raise CheckpointError("values: NaN or infinity")
+    return (codes << 2).to(torch.int16).view(torch.bfloat16)
 
 
 def tensors_of(packed: PackedCoefficients, *names: str) -> list[Tensor]:
@@ -156,15 +193,15 @@ def tensors_of(packed: PackedCoefficients, *names: str) -> list[Tensor]:
     Raises
     ------
     CheckpointError
-        One is missing or unknown, or the scales are not such as ``quantize_rows`` gives.
+        One is missing or unknown, or the scales are not such as ``check_scales`` accepts.
     """
-    scales = scales_layout(packed.out_features, packed.value_dtype)
-    expected = {*names, *scales}
+    layout, grid = scales_layout(packed.out_features, packed.n_atoms, packed.value_dtype), grid_of(packed.value_dtype)
+    expected = {*names, *layout}
     if set(packed.tensors) != expected:
         raise CheckpointError(f"found tensors {sorted(packed.tensors)}, expected {sorted(expected)}")
-    for name, (shape, dtype) in scales.items():
-        expect(name, packed.tensors[name], shape, dtype)
-        check_scales(name, packed.tensors[name])
+    if grid is not None:
+        expect("scales", packed.tensors["scales"], *layout["scales"])
+        check_scales("scales", packed.tensors["scales"], grid)
     return [packed.tensors[name] for name in names]
 
 
@@ -179,30 +216,3 @@ def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise CheckpointError(f"{name}: found {found}, expected {tuple(shape)} {dtype}".replace("torch.", ""))
-
-
-def _pack14(values: Tensor) -> Tensor:
-    count = values.numel()
-    codes = values.new_zeros((count + 3) // 4 * 4, dtype=torch.int64)
-    codes[:count] = (values.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF) >> 2
-    codes = codes.reshape(-1, 4)
-    words = codes[:, 0] | codes[:, 1] << 14 | codes[:, 2] << 28 | codes[:, 3] << 42
-    seven = words.view(torch.uint8).reshape(-1, 8)[:, :7]
-    return seven.reshape(-1)[: packed_bytes(count)].clone()
-
-
-def _unpack14(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-    count = 1
-    for size in shape:
-        count *= size
-    words = stored.new_zeros((count + 3) // 4, 8)
-    seven = stored.new_zeros(words.shape[0] * 7)
-    seven[: stored.numel()] = stored
-    words[:, :7] = seven.reshape(-1, 7)
-    word = words.view(torch.int64)
-    codes = torch.cat([word >> shift & _CODE for shift in (0, 14, 28, 42)], dim=1).reshape(-1)
-    if bool(codes[count:].any()):
-        raise CheckpointError("values: padding bits beyond the last value are set")
-    if bool((codes & _EXPONENT == _EXPONENT).any()):
-        raise CheckpointError("values: NaN or infinity")
-    return (codes[:count] << 2).to(torch.int16).view(torch.bfloat16).reshape(shape)

@@ -18,7 +18,7 @@ from torch import Tensor
 from cospadi.errors import CheckpointError
 from cospadi.formats.base import FORMATS
 from cospadi.formats.checkpoint import INDEX, SINGLE, CheckpointConfig, expected_tensors
-from cospadi.formats.packing import packed_member, packed_owner
+from cospadi.formats.packing import check_count, packed_member, packed_owner
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 100_000_000
@@ -203,9 +203,11 @@ def verify_checkpoint(folder: str | Path, contents: bool = True) -> CheckpointCo
                 for member in group.members:
                     own = {key: reader[key] for key in keys if key.rpartition(".")[0] == member.name}
                     try:
-                        codec.check(packed_member(group, member, own))
+                        packed = packed_member(group, member, own)
+                        codec.check(packed)
+                        check_count(member, packed)
                     except CheckpointError as error:
-                        where = tensors[next(iter(own))].file
+                        where = tensors[next(iter(own), keys[0])].file
                         raise CheckpointError(f"{where}: tensor {member.name}.{error}") from error
     return config
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.factorization import SparseFactorization
-from cospadi.formats.base import FORMATS
+from cospadi.formats.base import FORMATS, VALUE_BITS
 from cospadi.formats.dictionary import dictionary_dtype_of, pack_dictionary, unpack_dictionary
 from cospadi.formats.packing import pack_group
 from cospadi.modules import build_group
@@ -18,7 +18,8 @@ from cospadi.modules import build_group
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FORMAT_NAMES = ("bitmask", "csr", "dense")
-VALUE_DTYPES = ("bfloat16", "float16", "float32", "bfloat14", "int8")
+VALUE_DTYPES = tuple(VALUE_BITS)
+STORED = [(format, dtype) for format in FORMAT_NAMES for dtype in FORMATS.create(format).value_dtypes]
 TOKENS = (1, 2, 7, 8, 9, 16, 17, 64, 513)
 
 # What a dtype may change of a number.  In float32 and float64, where the sums of some hundred terms are rounded too,
@@ -112,6 +113,8 @@ class Case:
         return pack_dictionary(values, self.dictionary_dtype or dictionary_dtype_of(self.value_dtype))
 
     def coefficients(self):
+        if self.format == "identity":
+            return [torch.eye(self.n_atoms)]
         found = []
         for m, width in enumerate(self.widths):
             generator = torch.Generator().manual_seed(10 * self.seed + 5 + m)
@@ -136,7 +139,7 @@ class Case:
         names = [f"m{index}" for index in range(len(self.widths))]
         D = self._numbers(0, self.in_features, self.n_atoms)
         factors = SparseFactorization(D, dict(zip(names, self.coefficients(), strict=True)))
-        spec, tensors = pack_group(factors, self.format, self.value_dtype, {}, True)
+        spec, tensors = pack_group(factors, self.format, self.value_dtype, {}, True, self.dictionary_dtype)
         layers = build_group(spec, backend)
         for name, layer in layers.items():
             own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
@@ -144,6 +147,18 @@ class Case:
         if options:
             next(iter(layers.values()))._bundle.backend = BACKENDS.create(backend, options)
         return layers
+
+
+def quantised(width, dictionary_dtype, **fields):
+    """A case of a layer that is only quantised, of so many outputs."""
+    return Case(
+        n_atoms=width,
+        widths=(width,),
+        format="identity",
+        value_dtype="none",
+        dictionary_dtype=dictionary_dtype,
+        **fields,
+    )
 
 
 class Block(nn.Module):

@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import mmap
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -19,7 +20,7 @@ from cospadi.backends.base import Placement
 from cospadi.backends.cpu import library
 from cospadi.backends.cpu.backend import CpuBackend
 from cospadi.formats.base import PackedCoefficients, PackedDictionary
-from tests.backends.backend_cases import CPU, Case, check_product
+from tests.backends.backend_cases import CPU, Case, check_product, quantised
 
 PAGE = mmap.PAGESIZE
 # n_atoms, in_features, widths, density; the last is large enough for several threads
@@ -76,17 +77,27 @@ def fenced_case(case, at_end):
     return dictionary, members, fenced(case.x(), at_end)
 
 
+def cases():
+    """Layers with coefficients, and layers that are only quantised."""
+    for (dtype, value_dtype), (n_atoms, in_features, widths, density) in itertools.product(STORED, SIZES):
+        yield Case(9, n_atoms, in_features, widths, density, dtype, value_dtype=value_dtype)
+        if density != 0.03:
+            yield quantised(n_atoms, value_dtype, n_tokens=9, in_features=in_features, dtype=dtype)
+
+
 def main(build, faults):
     if build == "sanitized":
         # The sanitizer's flags stand in CC; optimising with them would take a minute.
         library._FLAGS = tuple(flag for flag in library._FLAGS if not flag.startswith("-O"))
     checked = 0
-    for (dtype, value_dtype), (n_atoms, in_features, widths, density) in itertools.product(STORED, SIZES):
-        torch.set_num_threads(2 if n_atoms > 500 else 1)
-        case = Case(9, n_atoms, in_features, widths, density, dtype, value_dtype=value_dtype)
+    for case in cases():
+        torch.set_num_threads(2 if case.n_atoms > 500 else 1)
+        dtype = case.dtype
         D, S = case.stored()
         for at_end in (True, False):
             dictionary, members, x = fenced_case(case, at_end)
+            identity = torch.eye(case.n_atoms, dtype=D.dtype)
+            z = fenced(replace(case, in_features=case.n_atoms).x(), at_end)
             for level, most in itertools.product(library.levels(), (99, 0)):
                 backend, placement = CpuBackend(instructions=level, max_tokens=most), Placement(CPU, dtype)
                 d = backend.prepare_dictionary(dictionary, placement)
@@ -94,9 +105,10 @@ def main(build, faults):
                 if faults == "planted":
                     for struct in c.structs:
                         struct.tail = struct.out_features
-                for n_tokens in (1, 2, 4, 9) if most else (1,):
-                    part = x[x.shape[0] - n_tokens :] if at_end else x[:n_tokens]
-                    check_product(part, D, S, backend.multiply(d, c, part, None))
+                products = [(d, x, D), (None, z, identity)] if c.structs else [(d, x, D)]
+                for n_tokens, (atoms, inputs, factor) in itertools.product((1, 2, 4, 9) if most else (1,), products):
+                    part = inputs[inputs.shape[0] - n_tokens :] if at_end else inputs[:n_tokens]
+                    check_product(part, factor, S, backend.multiply(atoms, c, part, None))
                     checked += 1
     print(f"{checked} products of {', '.join(library.levels())} are right")
 

@@ -12,11 +12,13 @@ from cospadi.backends.dense_products import DenseCoefficients
 from cospadi.backends.torch_sparse import SparseRows, TorchBackend
 from cospadi.errors import UsageError
 from cospadi.formats.base import FORMATS, PackedDictionary
+from cospadi.formats.dictionary import DICTIONARY_DTYPES
+from cospadi.formats.quantization import dequantize, grid_of, representable_scales
 from tests.backends.backend_cases import (
     BACKEND_CASES,
     CPU,
-    FORMAT_NAMES,
     GPU_BACKENDS,
+    STORED,
     TOKENS,
     UNIT,
     VALUE_DTYPES,
@@ -28,9 +30,12 @@ from tests.backends.backend_cases import (
     dtypes_of,
     parameters,
     poisoned_memory,
+    quantised,
 )
 
 every_backend = pytest.mark.parametrize(("name", "options"), parameters(BACKEND_CASES))
+
+STORED_DICTIONARIES = [d for d in DICTIONARY_DTYPES if d != "none"]
 
 # Kernels that compute a column of y without looking at the others: the same bits in any company.
 OWN_KERNELS = [case for case in BACKEND_CASES if case[0] == "cpu" and case[1].get("max_tokens")]
@@ -44,7 +49,6 @@ SHAPES = {
     "full": {"density": 1.0, "n_atoms": 130},
     "ragged": {"density": None, "n_atoms": 150, "widths": (37, 16, 5)},
 }
-STORED = [(f, v) for f in FORMAT_NAMES for v in VALUE_DTYPES if (f, v) != ("csr", "bfloat14")]
 
 
 @every_backend
@@ -70,10 +74,51 @@ def test_every_format_and_value_dtype_runs_in_every_dtype(name, options):
 
 
 @every_backend
+@pytest.mark.parametrize("dictionary_dtype", STORED_DICTIONARIES)
+def test_every_dictionary_dtype_runs_in_every_dtype_beside_any_values(name, options, dictionary_dtype):
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("bfloat16", "int4"):
+            case = Case(dtype=dtype, value_dtype=value_dtype, dictionary_dtype=dictionary_dtype, in_features=70)
+            check(case, Prepared(case, name, options)())
+
+
+@every_backend
+@pytest.mark.parametrize("dictionary_dtype", STORED_DICTIONARIES)
+def test_layers_that_are_only_quantised_run_in_every_dtype(name, options, dictionary_dtype):
+    for dtype in dtypes_of(name, options):
+        for width in (1, 64, 91):
+            prepared = Prepared(quantised(width, dictionary_dtype, in_features=70, dtype=dtype), name, options)
+            D, S = prepared.case.stored()
+            for n_tokens in TOKENS:
+                x = replace(prepared.case, n_tokens=n_tokens).x()
+                check_product(x, D, S, prepared(x))
+            assert torch.equal(prepared(member=0), prepared())
+
+
+@every_backend
+def test_scales_of_any_choice_are_kept_in_every_format(name, options):
+    """Coefficients whose scales are not those of their largest magnitudes, of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    for value_dtype in ("int8", "int6", "int4"):
+        grid = grid_of(value_dtype)
+        scales = torch.rand(42, generator=generator) + 0.5
+        scales[::2] *= -1.0 if grid.signed_scales else 1.0
+        scales = representable_scales(scales, grid)
+        whole = torch.randint(-3, 4, (42, 75), generator=generator).to(torch.int8)
+        S = dequantize(whole, scales, grid).T
+        for format in ("bitmask", "dense"):
+            codec = FORMATS.create(format)
+            members = [codec.pack(S[:, :37], value_dtype, scales[:37]), codec.pack(S[:, 37:], value_dtype, scales[37:])]
+            for dtype in dtypes_of(name, options):
+                case = Case(dtype=dtype)
+                D, _ = case.stored()
+                check_product(case.x(), D, S.double(), Prepared(case, name, options, members=members)())
+
+
+@every_backend
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_products_are_right_for_any_layer(name, options, data):
-    dictionary_dtypes = [None] if name in GPU_BACKENDS else [None, "bfloat16", "float16", "float32", "int8"]
     format, value_dtype = data.draw(st.sampled_from(STORED))
     case = Case(
         n_tokens=data.draw(st.integers(1, 20)),
@@ -84,7 +129,7 @@ def test_products_are_right_for_any_layer(name, options, data):
         dtype=data.draw(st.sampled_from(dtypes_of(name, options))),
         format=format,
         value_dtype=value_dtype,
-        dictionary_dtype=data.draw(st.sampled_from(dictionary_dtypes)),
+        dictionary_dtype=data.draw(st.sampled_from([None, *STORED_DICTIONARIES])),
         seed=data.draw(st.integers(0, 99)),
     )
     member = data.draw(st.sampled_from([None, *range(len(case.widths))]))
@@ -123,14 +168,16 @@ def test_the_number_of_threads_changes_no_bit(name, options):
     try:
         for dtype in dtypes_of(name, options):
             for value_dtype in ("bfloat16", "int8"):
-                prepared = Prepared(Case(3, 700, 500, (300, 201), dtype=dtype, value_dtype=value_dtype), name, options)
-                found = []
-                for count in (1, 2, 5):
-                    torch.set_num_threads(count)
-                    found.append(prepared())
-                check(prepared.case, found[0])
-                assert torch.equal(found[0], found[1])
-                assert torch.equal(found[0], found[2])
+                sparse = Case(3, 700, 500, (300, 201), dtype=dtype, value_dtype=value_dtype)
+                alone = quantised(701, value_dtype, n_tokens=3, in_features=500, dtype=dtype)
+                for case in (sparse, alone):
+                    prepared, found = Prepared(case, name, options), []
+                    for count in (1, 2, 5):
+                        torch.set_num_threads(count)
+                        found.append(prepared())
+                    check(case, found[0])
+                    assert torch.equal(found[0], found[1])
+                    assert torch.equal(found[0], found[2])
     finally:
         torch.set_num_threads(threads)
 

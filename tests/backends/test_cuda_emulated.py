@@ -14,6 +14,7 @@ from cospadi.backends.cuda import launches
 from cospadi.backends.cuda.layout import SLAB_ATOMS, TILE, Rows, Slabs, rows_of, slabs_of
 from cospadi.errors import UsageError
 from cospadi.formats.base import FORMATS, PackedDictionary
+from tests.backends import backend_cases
 from tests.backends.emulator.emulated import COMPILER, ORDERS, EmulatedModule, Fault, build
 
 CPU = torch.device("cpu")
@@ -189,6 +190,54 @@ def test_one_member_has_the_columns_that_it_has_among_all(library, eight_bit):
             alone, _ = replace(case, member=member).run(library)
             # Fewer columns may be shared among warps in another way, which changes the order of sums.
             torch.testing.assert_close(alone, expected, rtol=2**-7, atol=1e-5)
+
+
+STORED = [("bitmask", v, d) for v in ("bfloat16", "int8", "int4") for d in ("bfloat16", "int8", "int4g32")]
+STORED += [("identity", "none", d) for d in ("bfloat16", "float32", "int8", "int6g64", "int2g32")]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("format", "value_dtype", "dictionary_dtype"), STORED)
+def test_every_pair_of_dtypes_and_layers_that_are_only_quantised_run(
+    library, format, value_dtype, dictionary_dtype, dtype
+):
+    fields = {"format": format, "value_dtype": value_dtype, "dictionary_dtype": dictionary_dtype, "dtype": dtype}
+    for n_atoms in (1, 75, 128):
+        widths = (n_atoms,) if format == "identity" else (37, 5)
+        for n_tokens, options in ((0, {}), (1, {}), (9, {}), (17, {}), (9, PREFILL)):
+            case = backend_cases.Case(n_tokens, n_atoms, 45, widths, **fields)
+            module = EmulatedModule(library)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cuda, "machine_of", lambda device, module=module: cuda.Machine(module, 4, None))
+                backend, placement = cuda.CudaBackend(**options), Placement(CPU, dtype)
+                dictionary = backend.prepare_dictionary(case.dictionary(), placement)
+                coefficients = backend.prepare_coefficients(case.members(), placement)
+                y = backend.multiply(dictionary, coefficients, case.x(), None)
+            assert (y.dtype, y.is_contiguous()) == (dtype, True)
+            backend_cases.check(case, y)
+            if format == "identity":
+                assert {name.split("_")[0] for name, _ in module.launched} <= {"project", "finish"}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("value_dtype", ["bfloat16", "int8"])
+def test_coefficients_run_alone(library, program, value_dtype, dtype):
+    """As where the dictionary is on the side of the outputs; 64 and 128 are whole slabs, whose rows are not copied."""
+    for n_atoms, widths in ((1, (1,)), (64, (37,)), (75, (37, 5)), (128, (16,)), (321, (70,))):
+        for n_tokens, options in ((0, {}), (1, {}), (9, {}), (33, {}), (9, PREFILL)):
+            case = backend_cases.Case(n_tokens, n_atoms, n_atoms, widths, None, dtype, value_dtype=value_dtype)
+            x = torch.empty(n_tokens * n_atoms + 1, dtype=dtype)[1:].view(n_tokens, n_atoms).copy_(case.x())
+            for path, member in ((library, None), (program, len(widths) - 1)):
+                module = EmulatedModule(path)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(cuda, "machine_of", lambda device, module=module: cuda.Machine(module, 4, None))
+                    backend = cuda.CudaBackend(**options)
+                    coefficients = backend.prepare_coefficients(case.members(), Placement(CPU, dtype))
+                    y = backend.multiply(None, coefficients, x, member)
+                S = case.stored()[1] if member is None else case.stored()[1].split(widths, dim=1)[member]
+                assert (y.dtype, y.is_contiguous()) == (dtype, True)
+                backend_cases.check_product(x, torch.eye(n_atoms, dtype=torch.float64), S, y)
+                assert {name.split("_")[0] for name, _ in module.launched} <= {"combine", "densify", "finish"}
 
 
 ORDERED = [
@@ -387,6 +436,8 @@ def test_longer_dtypes_take_two_dense_products(dtype):
     for member, columns in ((None, 2), (1, 1)):
         y = backend.multiply(dictionary, coefficients, case.x(), member)
         torch.testing.assert_close(y, expected.repeat(1, columns))
+        z = torch.randn(3, case.n_atoms).to(dtype)
+        torch.testing.assert_close(backend.multiply(None, coefficients, z, member), z[:, :7].repeat(1, columns))
 
 
 def test_old_gpus_and_other_devices_are_refused_with_a_reason(monkeypatch):

@@ -7,15 +7,18 @@ from hypothesis import strategies as st
 
 from cospadi.errors import CheckpointError, NumericalError, UsageError
 from cospadi.factorization import GroupSpec, SparseFactorization
-from cospadi.formats.base import FORMATS, VALUE_BITS, PackedCoefficients
+from cospadi.formats.base import FORMATS, PackedCoefficients
 from cospadi.formats.bitmask import count_bits, pack_bits, unpack_bits
+from cospadi.formats.dictionary import DICTIONARY_DTYPES, dictionary_dtype_of, dictionary_layout
 from cospadi.formats.packing import group_bits, pack_group, unpack_group
+from cospadi.formats.quantization import dequantize, grid_of, representable_scales, scale_shape
 from cospadi.formats.values import HOLDING_DTYPES
 
 from .references import nearest_whole
 
-CASES = [(f, v) for f in ("bitmask", "csr", "dense") for v in VALUE_BITS if (f, v) != ("csr", "bfloat14")]
-UNPACKED_DTYPES = HOLDING_DTYPES | {"int8": torch.float32}
+CASES = [(f, v) for f in ("bitmask", "csr", "dense") for v in FORMATS.create(f).value_dtypes]
+STORED_DICTIONARIES = [d for d in DICTIONARY_DTYPES if d != "none"]
+UNPACKED_DTYPES = HOLDING_DTYPES | dict.fromkeys(("int8", "int6", "int4"), torch.float32)
 PROFILE = settings(max_examples=25, deadline=None)
 
 
@@ -35,8 +38,9 @@ def coefficients(draw):
 
 def nearest_even(matrix, value_dtype):
     """Round one by one: of the two neighbours in the dtype the nearer, of two equally near the even one."""
-    if value_dtype == "int8":
-        return nearest_whole(matrix.T)[2].T
+    grid = grid_of(value_dtype)
+    if grid is not None:
+        return nearest_whole(matrix.T, grid.bits)[2].T
     if value_dtype != "bfloat14":
         return matrix.to(HOLDING_DTYPES[value_dtype])
     rounded = []
@@ -73,6 +77,7 @@ def test_packing_again_gives_the_same_tensors_of_the_promised_layout(name, value
     packed = codec.pack(matrix, value_dtype)
     again = codec.pack(codec.unpack(packed), value_dtype)
     n_stored = int((codec.unpack(packed) != 0).sum()) if name != "dense" else matrix.numel()
+    assert codec.n_stored(packed) == n_stored
     layout = codec.layout(*matrix.shape, n_stored, value_dtype)
     assert {k: (tuple(t.shape), t.dtype) for k, t in packed.tensors.items()} == layout
     for key, tensor in packed.tensors.items():
@@ -99,7 +104,7 @@ def test_gather_takes_what_unpack_puts(name, value_dtype, matrix, seed):
     if value_dtype == "int8":
         scales = codec.gather(packed, packed.tensors["scales"].expand(matrix.shape))
         assert torch.equal(codec.gather(packed, unpacked), packed.tensors["values"] * scales)
-    elif value_dtype != "bfloat14":
+    elif value_dtype not in ("bfloat14", "int6", "int4"):
         assert torch.equal(codec.gather(packed, unpacked), packed.tensors["values"])
 
 
@@ -206,6 +211,9 @@ GOLDEN = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.5, 3.0]])
             },
         ),
         ("dense", "int8", {"values": "7f004000ab7f", "scales": "0002013c0083c13c"}),
+        ("bitmask", "int6", {"values": "005403", "mask": "0506", "scales": "000000bd0000c0bd"}),
+        ("bitmask", "int4", {"values": "400d", "mask": "0506", "scales": "000000be0000c0be"}),
+        ("dense", "int4", {"values": "80840d", "scales": "000000be0000c0be"}),
     ],
 )
 def test_the_bytes_are_those_of_the_documentation(name, value_dtype, expected):
@@ -236,6 +244,16 @@ DAMAGE = {
     "pointers that stop early": ("csr", "bfloat16", "row_pointers", lambda t: t.clamp(max=3)),
     "a mask that counts more 8-bit values": ("bitmask", "int8", "mask", lambda t: t | 1),
     "8-bit values of another dtype": ("dense", "int8", "values", lambda t: t.float()),
+    "a mask that counts two more 4-bit values": ("bitmask", "int4", "mask", lambda t: t | 3),
+    "a mask that counts fewer 6-bit values": ("bitmask", "int6", "mask", lambda t: t & 1),
+    "6-bit values too many": ("dense", "int6", "values", lambda t: torch.cat([t, t[:1]])),
+    "4-bit values of another dtype": ("dense", "int4", "values", lambda t: t.to(torch.int8)),
+    "padding bits of 6-bit values": ("dense", "int6", "values", lambda t: torch.cat([t[:-1], t[-1:] | 0x80])),
+    "a 4-bit scale of zero": ("bitmask", "int4", "scales", lambda t: t * 0),
+    "a 4-bit scale that is NaN": ("bitmask", "int4", "scales", lambda t: t * torch.nan),
+    "a subnormal 4-bit scale": ("dense", "int4", "scales", lambda t: torch.full_like(t, -(2.0**-127))),
+    "a 4-bit scale whose products overflow": ("dense", "int4", "scales", lambda t: torch.full_like(t, -(2.0**125))),
+    "a 4-bit scale of 17 significant bits": ("dense", "int4", "scales", lambda t: torch.full_like(t, 1 + 2.0**-16)),
     "scales of another dtype": ("dense", "int8", "scales", lambda t: t.bfloat16()),
     "scales of another shape": ("csr", "int8", "scales", lambda t: t[:1]),
     "one scale for all": ("bitmask", "int8", "scales", lambda t: t[0]),
@@ -273,23 +291,33 @@ def test_a_missing_tensor_is_named():
         FORMATS.create("bitmask").unpack(packed)
 
 
+def nearest_atoms(atoms, dictionary_dtype):
+    grid = grid_of(dictionary_dtype)
+    if grid is not None:
+        return nearest_whole(atoms, grid.bits, grid.group)[2]
+    return atoms.to(getattr(torch, dictionary_dtype))
+
+
+@pytest.mark.parametrize("dictionary_dtype", [None, *STORED_DICTIONARIES])
 @pytest.mark.parametrize(("name", "value_dtype"), CASES)
-def test_a_group_survives_packing(name, value_dtype):
+def test_a_group_survives_packing(name, value_dtype, dictionary_dtype):
     generator = torch.Generator().manual_seed(0)
     sparse = torch.randn(10, 7, generator=generator) * (torch.rand(10, 7, generator=generator) < 0.4)
-    group = SparseFactorization(torch.randn(5, 10, generator=generator), {"a.q": sparse, "a.k": sparse[:, :3]})
+    group = SparseFactorization(torch.randn(65, 10, generator=generator), {"a.q": sparse, "a.k": sparse[:, :3]})
     bias = torch.arange(3.0)
-    spec, tensors = pack_group(group, name, value_dtype, {"a.k": bias}, shared_input=True)
+    spec, tensors = pack_group(group, name, value_dtype, {"a.k": bias}, True, dictionary_dtype)
     assert GroupSpec.from_dict(spec.to_dict()) == spec
     assert torch.equal(tensors["a.k.bias"], bias)
     assert "a.k.dictionary" not in tensors
-    held = getattr(torch, spec.dictionary_dtype)
-    assert (tensors["a.q.dictionary"].shape, tensors["a.q.dictionary"].dtype) == ((10, 5), held)
-    assert ("a.q.dictionary_scales" in tensors) == (value_dtype == "int8")
+    assert spec.dictionary_dtype == (dictionary_dtype or dictionary_dtype_of(value_dtype))
+    own = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items() if key.startswith("a.q.dictionary")}
+    layout = dictionary_layout(10, 65, spec.dictionary_dtype)
+    assert own == {f"a.q.{local}": what for local, what in layout.items()}
+    assert ("a.q.dictionary_scales" in tensors) == spec.dictionary_dtype.startswith("int")
     back = unpack_group(spec, tensors)
-    expected = nearest_whole(group.dictionary.T)[2].T if value_dtype == "int8" else group.dictionary.to(held)
+    expected = nearest_atoms(group.dictionary.T, spec.dictionary_dtype).T
     assert (back.dictionary.dtype, back.dictionary.tolist()) == (expected.dtype, expected.tolist())
-    again = pack_group(back, name, value_dtype, {"a.k": bias}, shared_input=True)
+    again = pack_group(back, name, value_dtype, {"a.k": bias}, True, dictionary_dtype)
     assert (again[0], again[1].keys()) == (spec, tensors.keys())
     assert all(torch.equal(again[1][key], tensors[key]) for key in tensors)
     for member in group.coefficients:
@@ -298,13 +326,62 @@ def test_a_group_survives_packing(name, value_dtype):
         unpack_group(spec, {})
 
 
-def test_group_bits_counts_the_packed_tensors():
+@pytest.mark.parametrize("dictionary_dtype", [d for d in DICTIONARY_DTYPES if grid_of(d)])
+@pytest.mark.parametrize(("name", "value_dtype"), [case for case in CASES if grid_of(case[1])])
+def test_numbers_that_lie_on_grids_are_packed_exactly(name, value_dtype, dictionary_dtype):
+    """Whole numbers and scales of any choice, as rounding that looks at the error of the layer makes them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def on_grid(dtype, n_rows, n):
+        grid = grid_of(dtype)
+        scales = torch.randn(scale_shape(n_rows, n, grid), generator=generator)
+        scales = representable_scales(scales, grid)
+        whole = torch.randint(-3, 4, (n_rows, n), generator=generator).clamp(grid.lowest, grid.highest)
+        return dequantize(whole.to(torch.int8), scales, grid), scales
+
+    atoms, atom_scales = on_grid(dictionary_dtype, 10, 70)
+    rows, scales = on_grid(value_dtype, 7, 10)
+    group = SparseFactorization(atoms.T, {"a.q": rows.T}, atom_scales, {"a.q": scales})
+    spec, tensors = pack_group(group, name, value_dtype, {}, True, dictionary_dtype)
+    assert torch.equal(tensors["a.q.dictionary_scales"], atom_scales)
+    assert torch.equal(tensors["a.q.scales"], scales)
+    back = unpack_group(spec, tensors)
+    assert torch.equal(back.dictionary, group.dictionary)
+    assert torch.equal(back.coefficients["a.q"], group.coefficients["a.q"])
+    unaware = pack_group(SparseFactorization(atoms.T, {"a.q": rows.T}), name, value_dtype, {}, True, dictionary_dtype)
+    assert not torch.equal(unaware[1]["a.q.scales"], scales)
+
+
+def test_scales_that_fit_nothing_are_refused():
+    atoms, sparse = torch.ones(6, 4), torch.ones(4, 3)
+    for wrong in (torch.ones(3), torch.ones(())):
+        with pytest.raises(ValueError, match="do not fit 4 atoms"):
+            SparseFactorization(atoms, {"q": sparse}, wrong)
+    for wrong in ({"k": torch.ones(3)}, {"q": torch.ones(4)}):
+        with pytest.raises(ValueError, match="fit no coefficients"):
+            SparseFactorization(atoms, {"q": sparse}, None, wrong)
+    with pytest.raises(UsageError, match="bfloat16 has no scales"):
+        pack_group(SparseFactorization(atoms, {"q": sparse}, torch.ones(4)), "bitmask", "bfloat16", {}, True)
+    group = SparseFactorization(atoms, {"q": sparse}, None, {"q": torch.ones(3)})
+    with pytest.raises(UsageError, match="bfloat14 has no scales"):
+        pack_group(group, "bitmask", "bfloat14", {}, True)
+    with pytest.raises(ValueError, match=r"found scales of shape \(4,\), expected \(4, 1\)"):
+        pack_group(SparseFactorization(atoms, {"q": sparse}, torch.ones(4)), "bitmask", "int8", {}, True, "int4g64")
+    for wrong in (torch.full((4,), 1 + 2.0**-20), torch.zeros(4), -torch.ones(4), torch.full((4,), 1e38)):
+        with pytest.raises(NumericalError, match=r"q\.dictionary: a scale is not one that a file can hold"):
+            pack_group(SparseFactorization(atoms, {"q": sparse}, wrong), "bitmask", "int8", {}, True)
+    with pytest.raises(UsageError, match="'int4' is no dtype of a dictionary: choose bfloat16"):
+        pack_group(SparseFactorization(atoms, {"q": sparse}), "bitmask", "int4", {}, True, "int4")
+
+
+@pytest.mark.parametrize("dictionary_dtype", [None, *STORED_DICTIONARIES])
+def test_group_bits_counts_the_packed_tensors(dictionary_dtype):
     sparse = torch.zeros(16, 12)
-    sparse[:4] = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    group = SparseFactorization(torch.ones(6, 16), {"q": sparse, "k": sparse[:, :8]})
+    sparse[:4] = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)).sign()  # no entry rounds to zero
+    group = SparseFactorization(torch.ones(70, 16), {"q": sparse, "k": sparse[:, :8]})
     for name, value_dtype in CASES:
-        _, tensors = pack_group(group, name, value_dtype, {}, shared_input=False)
-        counted = group_bits(6, 16, [12, 8], 4, FORMATS.create(name), value_dtype)
+        _, tensors = pack_group(group, name, value_dtype, {}, False, dictionary_dtype)
+        counted = group_bits(70, 16, [12, 8], 4, FORMATS.create(name), value_dtype, dictionary_dtype)
         assert 8 * sum(t.nbytes for t in tensors.values()) == counted
 
 

@@ -3,6 +3,10 @@
 At decode a layer's bytes are read once per token and little is computed, so the kernels of kernels.c read D, mask and
 values as they are stored and expand them in registers.  For many tokens arithmetic decides, where torch's dense product
 (oneDNN) is best: S is then written out with its zeros first.
+
+There is no kernel for whole numbers of fewer than 8 bits yet: a dictionary of those becomes numbers in the dtype of x,
+and coefficients become 8-bit ones, once, when they are prepared.  Of a layer that is only quantised the product with D
+is all there is.
 """
 
 import ctypes
@@ -15,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from cospadi.backends.base import Backend, Placement
+from cospadi.backends.bitmap import as_bitmask
 from cospadi.backends.cpu import library
-from cospadi.backends.dense_products import placed
+from cospadi.backends.dense_products import is_identity, placed, projected, without_strings
 from cospadi.errors import CospadiError, UnavailableError, UsageError
-from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
+from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from cospadi.formats.bitmask import count_bits
 from cospadi.formats.values import read_values
 from cospadi.registry import Availability
@@ -45,19 +50,21 @@ class _Dictionary:
     address: int
     in_features: int
     scratch_bytes: int  # for every token
-    io: int  # kind of x and y
     packed: PackedDictionary
     placement: Placement
 
 
 @dataclass(frozen=True)
 class _Coefficients:
-    """``struct coefficients`` of each layer and the tensors whose memory they name."""
+    """``struct coefficients`` of each layer, none where S is the identity, and the tensors whose memory they name."""
 
     structs: ctypes.Array
     addresses: tuple[int, ...]
     widths: tuple[int, ...]
     total: int
+    n_atoms: int
+    scratch_bytes: int  # for every token, where there is no dictionary
+    io: int  # kind of x and y
     kept: tuple[Tensor, ...]
 
 
@@ -110,65 +117,77 @@ class CpuBackend(Backend):
         return state
 
     def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> _Dictionary:
-        """Take the tensors as they are stored."""
+        """Take the tensors as they are stored, but for strings of bits."""
         # Tensors that lie elsewhere, such as on a GPU, would be addresses of nothing here.
-        values, scales = dictionary.values.detach().to(placement.device).contiguous(), dictionary.scales
-        scales = None if scales is None else scales.detach().to(placement.device).contiguous()
+        packed = without_strings(dictionary, placement)
+        values, scales = packed.values, packed.scales
         struct = library.Dictionary(values.data_ptr(), _address(scales), *values.shape, _KINDS[values.dtype])
         n_atoms, in_features = values.shape
-        # Of x, of z, and of z before it is rounded, each padded to whole steps, in at most 4 bytes; and two scales.
-        scratch_bytes = 4 * (in_features + 2 * n_atoms + 3 * 63 + 2)
-        packed = PackedDictionary(values, scales)
-        io = _KINDS[placement.dtype]
-        return _Dictionary(struct, ctypes.addressof(struct), in_features, scratch_bytes, io, packed, placement)
+        scratch_bytes = _scratch_bytes(in_features, n_atoms)
+        return _Dictionary(struct, ctypes.addressof(struct), in_features, scratch_bytes, packed, placement)
 
     def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> _Coefficients:
-        """Take the tensors as they are stored, but for other formats than the bitmask and 14-bit values."""
+        """Take the tensors as they are stored, but for other formats than the bitmask and strings of bits."""
         kept: list[Tensor] = []
+        widths = tuple(packed.out_features for packed in members)
+        n_atoms, io = members[0].n_atoms, _KINDS[placement.dtype]
+        sizes = (widths, sum(widths), n_atoms, _scratch_bytes(0, n_atoms), io)
+        if is_identity(members):
+            return _Coefficients((library.Coefficients * 0)(), (), *sizes, ())
         structs = (library.Coefficients * len(members))(*(_struct(packed, kept) for packed in members))
         start, size = ctypes.addressof(structs), ctypes.sizeof(library.Coefficients)
         addresses = tuple(start + size * member for member in range(len(members)))
-        widths = tuple(packed.out_features for packed in members)
-        return _Coefficients(structs, addresses, widths, sum(widths), tuple(kept))
+        return _Coefficients(structs, addresses, *sizes, tuple(kept))
 
-    def multiply(self, dictionary: _Dictionary, coefficients: _Coefficients, x: Tensor, member: int | None) -> Tensor:
+    def multiply(
+        self, dictionary: _Dictionary | None, coefficients: _Coefficients, x: Tensor, member: int | None
+    ) -> Tensor:
         """Run the kernels, or write S out and multiply twice."""
-        n_tokens = x.numel() // dictionary.in_features
+        if dictionary is not None:
+            address, in_features, scratch_bytes = dictionary.address, dictionary.in_features, dictionary.scratch_bytes
+        else:
+            assert coefficients.addresses, "neither of the two products is asked for"
+            address, in_features, scratch_bytes = None, coefficients.n_atoms, coefficients.scratch_bytes
+        n_tokens = x.numel() // in_features
         if n_tokens > (MAX_KERNEL_TOKENS if self.max_tokens is None else self.max_tokens):
             members = range(len(coefficients.widths)) if member is None else [member]
             return self._multiply_dense(dictionary, coefficients, x, members)
-        if member is None:
-            first, count, width = 0, len(coefficients.widths), coefficients.total
+        if not coefficients.addresses:
+            start, count, width = None, 0, coefficients.total
+        elif member is None:
+            start, count, width = coefficients.addresses[0], len(coefficients.widths), coefficients.total
         else:
-            first, count, width = member, 1, coefficients.widths[member]
+            start, count, width = coefficients.addresses[member], 1, coefficients.widths[member]
         y = x.new_empty((*x.shape[:-1], width))
         scratch = None
-        if n_tokens > 1 or dictionary.scratch_bytes > _STACK_BYTES:
-            scratch = torch.empty(dictionary.scratch_bytes * (-(-n_tokens // 8) * 8) + 1024, dtype=torch.uint8)
+        if n_tokens > 1 or scratch_bytes > _STACK_BYTES:
+            scratch = torch.empty(scratch_bytes * (-(-n_tokens // 8) * 8) + 1024, dtype=torch.uint8)
         _kernels(self.instructions).multiply(
-            dictionary.address,
-            coefficients.addresses[first],
+            address,
+            start,
             count,
             x.data_ptr(),
             y.data_ptr(),
             None if scratch is None else scratch.data_ptr(),
             n_tokens,
-            dictionary.io,
+            coefficients.io,
             torch.get_num_threads(),
         )
         return y
 
     def _multiply_dense(
-        self, dictionary: _Dictionary, coefficients: _Coefficients, x: Tensor, members: Sequence[int]
+        self, dictionary: _Dictionary | None, coefficients: _Coefficients, x: Tensor, members: Sequence[int]
     ) -> Tensor:
         """Write S out by parts that stay in the cache until they have been multiplied."""
-        shape, x = x.shape, x.reshape(-1, dictionary.in_features)
-        z = functional.linear(x, placed(dictionary.packed, dictionary.placement))
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        z = projected(None if dictionary is None else placed(dictionary.packed, dictionary.placement), x)
+        if not coefficients.addresses:
+            return z.view(*shape[:-1], z.shape[1])
         n_atoms = z.shape[1]
         step = max(_PART_BYTES // max(n_atoms * x.element_size(), 1), 1)
         y = x.new_empty(x.shape[0], sum(coefficients.widths[m] for m in members))
         rows = x.new_empty(min(step, max(coefficients.widths[m] for m in members)), n_atoms)
-        densify, io, threads = _kernels(self.instructions).densify, dictionary.io, torch.get_num_threads()
+        densify, io, threads = _kernels(self.instructions).densify, coefficients.io, torch.get_num_threads()
         start = 0
         for m in members:
             width = coefficients.widths[m]
@@ -233,6 +252,11 @@ def _kernels(instructions: str) -> _Kernels:
     return _LOADED[instructions]
 
 
+def _scratch_bytes(in_features: int, n_atoms: int) -> int:
+    """Count the scratch of a token: x, z, and z before it is rounded, each padded to whole steps; and two scales."""
+    return 4 * (in_features + 2 * n_atoms + 3 * 63 + 2)  # in at most 4 bytes each
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -240,10 +264,7 @@ def _address(tensor: Tensor | None) -> int | None:
 def _struct(packed: PackedCoefficients, kept: list[Tensor]) -> library.Coefficients:
     """Describe a layer's tensors to the kernels; what they name is added to ``kept``."""
     tensors = {name: tensor.detach().cpu() for name, tensor in packed.tensors.items()}
-    packed = replace(packed, tensors=tensors)
-    if packed.format != "bitmask":
-        stored = FORMATS.create(packed.format).unpack(packed)
-        packed = FORMATS.create("bitmask").pack(stored, packed.value_dtype)
+    packed = as_bitmask(replace(packed, tensors=tensors))
     mask = packed.tensors["mask"].contiguous()
     counts = count_bits(mask)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -1,4 +1,5 @@
-/* y = (x D) S for a few tokens, straight from the stored tensors, and S with its zeros for many.
+/* y = (x D) S for a few tokens, straight from the stored tensors, and S with its zeros for many.  Either product can be
+ * had alone.
  *
  * Compiled once per instruction set (LEVEL: avx512, avx2, neon, portable) with the flags of that set; the caller asks
  * supported_<level> and takes the best.  No headers beyond C11's own, no OpenMP pragmas: threads are those of the OpenMP
@@ -41,10 +42,10 @@ struct coefficients {
 };
 
 struct job {
-    const struct dictionary *dictionary;
-    const struct coefficients *members;
+    const struct dictionary *dictionary; /* NULL: y = x S, there are members, and x is what z would be */
+    const struct coefficients *members; /* none: S is the identity, as many outputs as atoms */
     int64_t n_members;
-    const void *x; /* (n_tokens, in_features), of kind `io` */
+    const void *x; /* (n_tokens, in_features), or (n_tokens, n_atoms) without a dictionary, of kind `io` */
     void *y;       /* (n_tokens, out_features of all members), of kind `io` */
     void *scratch; /* scratch_bytes */
     int64_t n_tokens, io, n_threads;
@@ -115,12 +116,35 @@ enum arithmetic { EXACT, PAIRS_BF16, PAIRS_INT16 };
 
 INLINE enum arithmetic arithmetic_of(const struct job *job) {
 #ifdef HAVE_PAIRS
-    const int64_t d = job->dictionary->kind, s = job->members[0].kind;
+    const int64_t s = job->n_members ? job->members[0].kind : job->dictionary->kind;
+    const int64_t d = job->dictionary ? job->dictionary->kind : s;
     if (job->io == BF16 && d == BF16 && s == BF16) return PAIRS_BF16;
     if (job->io != F32 && d == INT8 && s == INT8) return PAIRS_INT16;
 #endif
     (void)job;
     return EXACT;
+}
+
+/* y = z: some outputs of a layer whose S is the identity. */
+static void give(const struct run *run, int64_t first, int64_t last) {
+    const struct job *job = run->job;
+    const int64_t width = job->dictionary->n_atoms;
+    const float *z = run->z;
+#ifdef HAVE_PAIRS
+    const enum arithmetic arithmetic = arithmetic_of(job);
+    if (arithmetic == PAIRS_INT16) z = run->z_exact;
+#endif
+    for (int64_t t = 0; t < job->n_tokens; t++)
+        for (int64_t atom = first; atom < last; atom++) {
+#ifdef HAVE_PAIRS
+            if (arithmetic == PAIRS_BF16) {
+                const int n = rounded_up(job->n_tokens - t / 8 * 8);
+                ((uint16_t *)job->y)[t * width + atom] = ((uint16_t *)run->z)[place(run->z_stride, t, atom, n)];
+                continue;
+            }
+#endif
+            put(job->y, job->io, t * width + atom, z[t * run->z_stride + atom]);
+        }
 }
 
 static void share(void *data) {
@@ -138,9 +162,13 @@ static void share(void *data) {
 #endif
         project_exact(run, first, last);
     }
-    if (job->n_threads > 1) openmp_barrier();
+    if (job->n_threads > 1 && job->dictionary) openmp_barrier();
+    if (!job->n_members) {
+        while (take(&run->columns, thread, &first, &last)) give(run, first, last);
+        return;
+    }
 #ifdef HAVE_PAIRS
-    if (arithmetic == PAIRS_INT16) {
+    if (arithmetic == PAIRS_INT16 && job->dictionary) {
         /* The scale of a token needs all of its z; one thread rounds while the others wait. */
         if (__atomic_exchange_n(&run->rounding, 1, __ATOMIC_RELAXED) == 0)
             round_int16(run->z_exact, run->z_stride, F32, job->dictionary->n_atoms, run->z, run->z_stride,
@@ -173,11 +201,13 @@ void EXPORT(multiply)(const struct dictionary *dictionary, const struct coeffici
     const struct dictionary *d = job.dictionary;
     struct run run;
     run.job = &job;
-    run.x_stride = padded(d->in_features);
-    run.z_stride = padded(d->n_atoms);
+    const int64_t in_features = d ? d->in_features : 0, n_atoms = d ? d->n_atoms : members[0].n_atoms;
+    run.x_stride = padded(in_features);
+    run.z_stride = padded(n_atoms);
     run.entered = run.rounding = 0;
-    const int64_t columns = total_columns(&job);
-    int64_t bytes = d->n_atoms * d->in_features * (int64_t)bytes_of(d->kind), stored = 0;
+    const int64_t columns = n_members ? total_columns(&job) : n_atoms;
+    const int64_t bytes = d ? n_atoms * in_features * (int64_t)bytes_of(d->kind) : 0;
+    int64_t stored = 0;
     for (int64_t m = 0; m < job.n_members; m++)
         stored += job.members[m].out_features * job.members[m].row_bytes +
                   (job.members[m].starts[job.members[m].out_features] - job.members[m].starts[0]) *
@@ -196,21 +226,32 @@ void EXPORT(multiply)(const struct dictionary *dictionary, const struct coeffici
     switch (arithmetic_of(&job)) {
 #ifdef HAVE_PAIRS
     case PAIRS_BF16:
+        if (!d) {
+            /* A step reads whole 64 numbers, beyond a shorter row. */
+            if (job.n_tokens == 1 && n_atoms == run.z_stride) run.z = (void *)job.x;
+            else interleave(job.x, n_atoms, run.z, run.z_stride, job.n_tokens);
+            break;
+        }
         if (job.n_tokens == 1) run.x = (void *)job.x;
-        else interleave(job.x, d->in_features, run.x, run.x_stride, job.n_tokens);
-        clear_behind(z, run.z_stride, d->n_atoms, job.n_tokens);
+        else interleave(job.x, in_features, run.x, run.x_stride, job.n_tokens);
+        clear_behind(z, run.z_stride, n_atoms, job.n_tokens);
         break;
     case PAIRS_INT16:
-        round_int16(job.x, d->in_features, job.io, d->in_features, run.x, run.x_stride, run.x_scales, job.n_tokens);
+        if (d) round_int16(job.x, in_features, job.io, in_features, run.x, run.x_stride, run.x_scales, job.n_tokens);
+        else round_int16(job.x, n_atoms, job.io, n_atoms, run.z, run.z_stride, run.z_scales, job.n_tokens);
         break;
 #endif
     default:
         for (int64_t t = 0; t < job.n_tokens; t++) {
-            widen(job.x, job.io, t * d->in_features, d->in_features, x + t * run.x_stride, run.x_stride);
-            memset(z + t * run.z_stride + d->n_atoms, 0, (size_t)(run.z_stride - d->n_atoms) * sizeof *z);
+            if (!d) {
+                widen(job.x, job.io, t * n_atoms, n_atoms, z + t * run.z_stride, run.z_stride);
+                continue;
+            }
+            widen(job.x, job.io, t * in_features, in_features, x + t * run.x_stride, run.x_stride);
+            memset(z + t * run.z_stride + n_atoms, 0, (size_t)(run.z_stride - n_atoms) * sizeof *z);
         }
     }
-    deal_out(&run.atoms, d->n_atoms, bytes / (d->n_atoms + 1), job.n_threads);
+    deal_out(&run.atoms, d ? n_atoms : 0, bytes / (n_atoms + 1), job.n_threads);
     deal_out(&run.columns, columns, stored / (columns + 1), job.n_threads);
     on_threads(share, &run, job.n_threads);
 }

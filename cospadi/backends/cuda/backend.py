@@ -14,8 +14,16 @@ from cospadi.arrays import cuda_availability
 from cospadi.backends.base import Backend, Placement
 from cospadi.backends.bitmap import bitmap_of
 from cospadi.backends.cuda import driver, launches
-from cospadi.backends.cuda.layout import ALIGNMENT, Rows, Slabs, rows_of, slabs_of
-from cospadi.backends.dense_products import DenseCoefficients, dense_coefficients, gpu_support, placed
+from cospadi.backends.cuda.layout import ALIGNMENT, TILE, Rows, Slabs, rows_of, slabs_of
+from cospadi.backends.dense_products import (
+    DenseCoefficients,
+    dense_coefficients,
+    gpu_support,
+    is_identity,
+    placed,
+    projected,
+    without_strings,
+)
 from cospadi.errors import UsageError
 from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
@@ -46,9 +54,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class FusedCoefficients:
-    """The coefficients of a group and the GPU that holds them."""
+    """The coefficients of a group and the GPU that holds them.
 
-    slabs: Slabs
+    Attributes
+    ----------
+    slabs : Slabs or None
+        None where S is the identity.
+    machine : Machine
+    """
+
+    slabs: Slabs | None
     machine: Machine
 
 
@@ -100,25 +115,32 @@ class CudaBackend(Backend):
         return driver.availability() if placement.dtype in FUSED_DTYPES else state
 
     def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> Rows | Tensor:
-        """Keep a 16-bit or int8 dictionary as it is, but for padding; convert it to the longer dtypes."""
+        """Keep a 16-bit or int8 dictionary as it is, but for padding; convert strings of bits, and to longer dtypes."""
         if placement.dtype not in FUSED_DTYPES:
             return placed(dictionary, placement)
-        return rows_of(dictionary, placement.device, placement.dtype)
+        return rows_of(without_strings(dictionary, placement), placement.device, placement.dtype)
 
     def prepare_coefficients(
         self, members: Sequence[PackedCoefficients], placement: Placement
     ) -> FusedCoefficients | DenseCoefficients:
-        """Cut S into slabs and compile the kernels; unpack it for the longer dtypes."""
+        """Cut S into slabs, unless it is the identity, and compile the kernels; unpack it for the longer dtypes."""
         if placement.dtype not in FUSED_DTYPES:
             return dense_coefficients(members, placement)
+        if is_identity(members):
+            return FusedCoefficients(None, machine_of(placement.device))
         slabs = slabs_of(bitmap_of(members, placement.device), placement.dtype)
         return FusedCoefficients(slabs, machine_of(placement.device))
 
     def multiply(self, dictionary: Any, coefficients: Any, x: Tensor, member: int | None) -> Tensor:
         """Multiply by the kernels that the number of tokens asks for."""
         if isinstance(coefficients, DenseCoefficients):
-            return functional.linear(functional.linear(x, dictionary), coefficients.of(member))
+            return coefficients.multiply(projected(dictionary, x), member)
         slabs, machine = coefficients.slabs, coefficients.machine
+        if slabs is None:
+            n_atoms = dictionary.n_atoms
+            if not x.shape[0]:
+                return x.new_empty(0, n_atoms)
+            return self._project(dictionary, x, -(-n_atoms // TILE) * TILE, machine)[:, :n_atoms].contiguous()
         n_tokens = x.shape[0]
         first, last = slabs.columns_of(member)
         y = x.new_empty(n_tokens, last - first)
@@ -143,11 +165,13 @@ class CudaBackend(Backend):
             current.wait_stream(machine.side)
         return torch.mm(z, dense.T, out=y)
 
-    def _project(self, rows: Rows, x: Tensor, padded_atoms: int, machine: Machine) -> Tensor:
-        """Give z = x D, zero beyond n_atoms."""
+    def _project(self, rows: Rows | None, x: Tensor, padded_atoms: int, machine: Machine) -> Tensor:
+        """Give z = x D, zero beyond n_atoms; without a dictionary z = x."""
+        if rows is None:
+            return _aligned(x, padded_atoms)
         z = x.new_empty(x.shape[0], padded_atoms)
         if x.shape[0] <= self.project_tokens:
-            launches.run(machine.module, launches.project(rows, _aligned(x, rows), z, machine.n_processors))
+            launches.run(machine.module, launches.project(rows, _aligned(x, rows.row_length), z, machine.n_processors))
             return z
         if rows.scales is None:
             matrix = rows.values[:, : rows.in_features]
@@ -183,8 +207,8 @@ def machine_of(device: torch.device) -> Machine:
     return Machine(module, processors, torch.cuda.Stream(device))
 
 
-def _aligned(x: Tensor, rows: Rows) -> Tensor:
-    """Give x with rows as long as those of D, beginning where 16 bytes can be loaded at once."""
-    if x.shape[1] != rows.row_length:
-        return functional.pad(x, (0, rows.row_length - x.shape[1]))
+def _aligned(x: Tensor, row_length: int) -> Tensor:
+    """Give x with rows of the length that kernels read, beginning where 16 bytes can be loaded at once."""
+    if x.shape[1] != row_length:
+        return functional.pad(x, (0, row_length - x.shape[1]))
     return x.clone() if x.data_ptr() % ALIGNMENT else x

@@ -27,7 +27,8 @@ class Example:
     name : str
     density : float
         Of S.
-    dictionary : PackedDictionary
+    dictionary : PackedDictionary or None
+        None where there are only coefficients.
     members : list of PackedCoefficients
     weights : list of Tensor, shape (in_features, out_features), float64
         D S of each layer, as stored.
@@ -35,7 +36,7 @@ class Example:
 
     name: str
     density: float
-    dictionary: PackedDictionary
+    dictionary: PackedDictionary | None
     members: list[PackedCoefficients]
     weights: list[Tensor] = field(repr=False)
 
@@ -61,6 +62,7 @@ def examples(device: torch.device, large: bool) -> list[Example]:
     for value_dtype, shape in product(VALUE_DTYPES, SMALL + (LARGE if large else ())):
         for density in (0.0, 0.1, 0.5, 1.0):
             found.append(example(shape, density, value_dtype, device))
+        found += factors_alone(found[-2])
     if large:
         found += [example(LARGEST, 0.5, value_dtype, device) for value_dtype in VALUE_DTYPES]
     return found
@@ -82,3 +84,15 @@ def example(shape: tuple[int, int, tuple[int, ...]], density: float, value_dtype
         weights.append(atoms.T @ FORMATS.create("bitmask").unpack(packed).double())
     name = f"{in_features} x {n_atoms} x {'+'.join(map(str, widths))}, density {density:g}, {value_dtype}"
     return Example(name, density, packed_dictionary, members, weights)
+
+
+def factors_alone(whole: Example) -> list[Example]:
+    """Take the two products apart, as layers whose dictionary is on the side of the outputs need them."""
+    assert whole.dictionary is not None
+    atoms = unpack_dictionary(whole.dictionary).double()
+    sparse = [FORMATS.create(packed.format).unpack(packed).double() for packed in whole.members]
+    nothing = FORMATS.create("identity").pack(torch.eye(len(atoms), device=atoms.device), "none")
+    return [
+        Example(f"{whole.name}, D alone", whole.density, whole.dictionary, [nothing], [atoms.T]),
+        Example(f"{whole.name}, S alone", whole.density, None, whole.members, sparse),
+    ]

@@ -11,13 +11,13 @@ from torch import Tensor
 from cospadi.backends.base import Backend, Placement
 from cospadi.backends.selftest.examples import Example
 from cospadi.backends.selftest.findings import Check, Findings, guarded, same_bits
-from cospadi.backends.selftest.products import ALLOWED
+from cospadi.backends.selftest.products import ALLOWED, prepared
 
 NAMES = ("side stream", "other thread", "CUDA graph", "waits for nothing", "memory from torch only")
 
 _TOKENS = (1, 9, 17, 64, 513)
-_IN_FEATURES = (130, 512, 4096)
-"""Of the layers that are taken: one that fits no tile, a group of three, and a large one."""
+_IN_FEATURES = (130, 200, 512, 4096)
+"""Of the layers that are taken: one that fits no tile, its coefficients alone, a group of three, and a large one."""
 _BUSY_SIZE, _BUSY_PRODUCTS = 4096, 8
 """Products that keep any GPU occupied for far longer than it takes to queue a multiplication."""
 
@@ -68,8 +68,7 @@ def cases(backend: Backend, device: torch.device, shown: Sequence[Example]) -> I
             placement = Placement(device, dtype)
             if not all(backend.supports(packed, placement) for packed in one.members):
                 continue
-            dictionary = backend.prepare_dictionary(one.dictionary, placement)
-            coefficients = backend.prepare_coefficients(one.members, placement)
+            dictionary, coefficients = prepared(backend, one, placement)
             for n_tokens in _TOKENS:
                 x = one.inputs(n_tokens, placement)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,7 @@ def products(backend: Backend, placement: Placement, shown: Sequence[Example], t
             if refused:
                 reasons.append(refused[0].reason)
                 continue
-            dictionary = backend.prepare_dictionary(one.dictionary, placement)
-            coefficients = backend.prepare_coefficients(one.members, placement)
+            dictionary, coefficients = prepared(backend, one, placement)
             members = [None, *range(len(one.members))] if len(one.members) > 1 else [None]
             for n_tokens, member in product(tokens, members):
                 case = f"{one.name}, {n_tokens} tokens, layer {'all' if member is None else member}"
@@ -56,6 +56,12 @@ def products(backend: Backend, placement: Placement, shown: Sequence[Example], t
 
     name = f"product, {str(placement.dtype).removeprefix('torch.')}"
     return guarded(name, backend.name, allowed, run)
+
+
+def prepared(backend: Backend, one: Example, placement: Placement) -> tuple[Any, Any]:
+    """Let a backend prepare the dictionary, if there is one, and the coefficients."""
+    dictionary = None if one.dictionary is None else backend.prepare_dictionary(one.dictionary, placement)
+    return dictionary, backend.prepare_coefficients(one.members, placement)
 
 
 def spoil_memory(x: Tensor, one: Example) -> None:

@@ -71,6 +71,7 @@ def sparse_linear(layer: Layer, backend: str, device: torch.device) -> SparseLin
         value_dtype=size.value_dtype,
         dictionary_dtype=dictionary_dtype_of(size.value_dtype),
         shared_input=True,
+        side="input",
     )
     module = build_group(spec, backend, device)["layer"]
     for name, tensor in (dictionary_tensors(layer.dictionary) | layer.coefficients.tensors).items():

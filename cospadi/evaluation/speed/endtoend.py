@@ -181,7 +181,7 @@ def describe(model: torch.nn.Module) -> list[str]:
     """Say on one line each what runs the compressed layers of a model, as placed: backends, and why ``auto`` chose."""
     dtype = getattr(model, "dtype", torch.get_default_dtype())
     layers = sparse_modules(model).values()
-    found = dict.fromkeys(explain(layer.backend, layer.owner.dictionary.device, dtype) for layer in layers)
+    found = dict.fromkeys(explain(layer.backend, layer.device, dtype) for layer in layers)
     return list(found)
 
 

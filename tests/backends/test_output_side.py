@@ -1,0 +1,377 @@
+"""Layers whose dictionary is on the side of the outputs, and the two products alone that they are made of."""
+
+import copy
+import pickle
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cospadi.backends.base import BACKENDS, Placement
+from cospadi.errors import UsageError
+from cospadi.factorization import SparseFactorization
+from cospadi.formats.base import FORMATS
+from cospadi.formats.dictionary import DICTIONARY_DTYPES
+from cospadi.formats.packing import pack_group, unpack_group
+from cospadi.modules import build_group
+from tests.backends.backend_cases import (
+    BACKEND_CASES,
+    FORMAT_NAMES,
+    STORED,
+    Case,
+    check_product,
+    device_of,
+    dtypes_of,
+    parameters,
+    poisoned_memory,
+)
+
+TOKENS = (1, 3, 8, 40)
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+every_backend = pytest.mark.parametrize(("name", "options"), parameters(BACKEND_CASES))
+
+SHAPES = {
+    "odd": {},
+    "whole": {"in_features": 128, "n_atoms": 64, "out_features": 32},
+    "one": {"in_features": 1, "n_atoms": 1, "out_features": 1},
+    "thin": {"in_features": 200, "n_atoms": 2, "out_features": 3},
+    "wide": {"in_features": 3, "n_atoms": 70, "out_features": 91},
+    "empty": {"density": 0.0},
+    "full": {"density": 1.0, "in_features": 130},
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer W^T = D S and an input; everything follows from the fields."""
+
+    n_tokens: int = 3
+    in_features: int = 75
+    n_atoms: int = 45
+    out_features: int = 37
+    density: float | None = None  # None: another one for every atom, from none to all
+    dtype: torch.dtype = torch.float32
+    format: str = "bitmask"
+    value_dtype: str = "float32"
+    dictionary_dtype: str | None = None
+    seed: int = 0
+
+    def _numbers(self, stream, *shape):
+        """Draw normal numbers of magnitude 0.1 and more, as ``Case`` does."""
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(10 * self.seed + stream))
+        return torch.where(drawn < 0, -1.0, 1.0) * (drawn.abs() + 0.1)
+
+    def factors(self):
+        generator = torch.Generator().manual_seed(10 * self.seed + 5)
+        density = torch.linspace(0, 1, self.n_atoms)[:, None] if self.density is None else self.density
+        support = torch.rand(self.n_atoms, self.in_features, generator=generator) < density
+        sparse = self._numbers(2, self.n_atoms, self.in_features) * support
+        dictionary = self._numbers(0, self.out_features, self.n_atoms)
+        return SparseFactorization(dictionary, {"down": sparse}, side="output")
+
+    def packed(self):
+        return pack_group(self.factors(), self.format, self.value_dtype, {}, True, self.dictionary_dtype)
+
+    def stored(self):
+        """Give S^T (in_features, n_atoms) and D^T (n_atoms, out_features), as stored, in float64."""
+        factors = unpack_group(*self.packed())
+        return factors.coefficients["down"].T.double(), factors.dictionary.T.double()
+
+    def x(self):
+        return self._numbers(1, self.n_tokens, self.in_features).to(self.dtype)
+
+    def module(self, backend="torch", options=None):
+        spec, tensors = self.packed()
+        layer = build_group(spec, backend)["down"]
+        layer.load_state_dict({key.removeprefix("down."): t for key, t in tensors.items()})
+        if options:
+            layer._bundle.backend = BACKENDS.create(backend, options)
+        return layer
+
+
+def run(layer, x, device):
+    before = x.clone()
+    with poisoned_memory(), torch.no_grad():
+        y = layer(x.to(device))
+    assert (y.shape[:-1], y.dtype, y.is_contiguous()) == (x.shape[:-1], x.dtype, True)
+    assert torch.equal(x, before)
+    return y.cpu()
+
+
+# Products
+
+
+@every_backend
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_right_for_any_number_of_tokens(name, options, shape):
+    device = device_of(name)
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("bfloat16", "float32", "int8"):
+            case = Layer(**SHAPES[shape], dtype=dtype, value_dtype=value_dtype)
+            layer, (S, D) = case.module(name, options).to(device), case.stored()
+            for n_tokens in TOKENS:
+                x = replace(case, n_tokens=n_tokens).x()
+                check_product(x, S, D, run(layer, x, device))
+
+
+@every_backend
+def test_every_pair_of_formats_and_dtypes_runs_in_every_dtype(name, options):
+    device = device_of(name)
+    for dtype in dtypes_of(name, options):
+        for format, value_dtype in STORED:
+            for dictionary_dtype in ("bfloat16", "int4g32"):
+                fields = {"format": format, "value_dtype": value_dtype, "dictionary_dtype": dictionary_dtype}
+                case = Layer(dtype=dtype, **fields)
+                check_product(case.x(), *case.stored(), run(case.module(name, options).to(device), case.x(), device))
+
+
+@every_backend
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_products_are_right_for_any_layer(name, options, data):
+    device = device_of(name)
+    format, value_dtype = data.draw(st.sampled_from(STORED))
+    case = Layer(
+        n_tokens=data.draw(st.integers(1, 40)),
+        in_features=data.draw(st.integers(1, 200)),
+        n_atoms=data.draw(st.integers(1, 100)),
+        out_features=data.draw(st.integers(1, 100)),
+        density=data.draw(st.sampled_from([None, 0.0, 0.02, 0.5, 1.0])),
+        dtype=data.draw(st.sampled_from(dtypes_of(name, options))),
+        format=format,
+        value_dtype=value_dtype,
+        dictionary_dtype=data.draw(st.sampled_from([None, *(d for d in DICTIONARY_DTYPES if d != "none")])),
+        seed=data.draw(st.integers(0, 99)),
+    )
+    check_product(case.x(), *case.stored(), run(case.module(name, options).to(device), case.x(), device))
+
+
+@every_backend
+def test_the_coefficients_alone_are_a_product_without_a_dictionary(name, options):
+    """The first of the two products, also of several layers and of one among them, which groups do not need yet."""
+    device = device_of(name)
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("bfloat16", "float32", "int8"):
+            case = Case(dtype=dtype, value_dtype=value_dtype, n_atoms=75, widths=(37, 1, 16), density=None)
+            backend = BACKENDS.create(name, dict(options))
+            coefficients = backend.prepare_coefficients(case.members(), Placement(device, dtype))
+            S = case.stored()[1]
+            for n_tokens in TOKENS:
+                x = Case(n_tokens, in_features=75, dtype=dtype).x().to(device)
+                before = x.clone()
+                identity = torch.eye(75, dtype=torch.float64)
+                for member in (None, 1, 2):
+                    columns = S if member is None else S.split(case.widths, dim=1)[member]
+                    with poisoned_memory():
+                        y = backend.multiply(None, coefficients, x, member)
+                    assert y.is_contiguous()
+                    check_product(x, identity, columns, y)
+                assert torch.equal(x, before)
+
+
+@every_backend
+def test_tokens_that_are_not_numbers_stay_where_they_are(name, options):
+    """Kernels read whole steps, past the end of a token: what lies there must count for nothing."""
+    device = device_of(name)
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("bfloat16", "int8"):
+            case = Layer(7, 75, dtype=dtype, value_dtype=value_dtype)
+            layer, x = case.module(name, options).to(device), case.x()
+            y, others = run(layer, x, device), [0, 1, 2, 3, 5, 6]
+            x[4] = torch.nan
+            with torch.no_grad():
+                spoiled = layer(x.to(device)).cpu()
+                alone = layer(torch.cat([x[:4], x[4:]])[3:4].to(device)).cpu()
+            assert torch.equal(spoiled[others], y[others])
+            assert bool(spoiled[4].isnan().any())
+            assert bool(alone.isfinite().all())
+
+
+@every_backend
+def test_the_same_call_gives_the_same_bits(name, options):
+    device, threads = device_of(name), torch.get_num_threads()
+    for dtype in dtypes_of(name, options):
+        for value_dtype in ("bfloat16", "int8"):
+            for n_tokens in (1, 9):
+                case = Layer(n_tokens, 700, 400, 300, 0.5, dtype, value_dtype=value_dtype)
+                layer, x = case.module(name, options).to(device), case.x()
+                first = run(layer, x, device)
+                check_product(x, *case.stored(), first)
+                assert torch.equal(run(layer, x, device), first)
+                if name == "cpu" and options.get("max_tokens"):
+                    try:
+                        for count in (2, 5):
+                            torch.set_num_threads(count)
+                            assert torch.equal(run(layer, x, device), first)
+                    finally:
+                        torch.set_num_threads(threads)
+
+
+@every_backend
+def test_inputs_of_every_shape(name, options):
+    device = device_of(name)
+    for dtype in dtypes_of(name, options):
+        case = Layer(dtype=dtype, in_features=11, n_atoms=19, out_features=23)
+        layer = case.module(name, options).to(device)
+        base = replace(case, n_tokens=4 * 6 * 2).x().view(4, 22, 6)
+        inputs = {
+            "three dimensions": base.transpose(1, 2)[..., ::2],
+            "strided": base.transpose(1, 2)[0, :, 11:],
+            "one dimension": base[0, :11, 0],
+            "repeated": base[:1, :11, 0].expand(5, 11),
+            "no tokens": base[:0, :11, 0],
+            "no tokens in three dimensions": base.new_empty(2, 0, 11),
+        }
+        for x in inputs.values():
+            y = run(layer, x, device)
+            check_product(x.reshape(-1, 11), *case.stored(), y.reshape(-1, 23))
+        with pytest.raises(UsageError, match="in_features=11"):
+            layer(torch.zeros(3, 19, dtype=dtype, device=device))
+
+
+# The module
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
+def test_new_factors_are_noticed_and_copies_are_independent(backend):
+    case = Layer(5)
+    layer, x = case.module(backend), case.x()
+    with torch.no_grad():
+        before = layer(x)
+        for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(duplicate(x), before)
+            duplicate.values.mul_(2)
+            duplicate.dictionary.mul_(2)
+            torch.testing.assert_close(duplicate(x), 4 * before)
+        assert torch.equal(layer(x), before)
+        layer.half()
+        assert {tensor.dtype for tensor in layer.parameters()} == {torch.float32}
+        assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(("value_dtype", "dictionary_dtype"), [("bfloat16", None), ("int8", None), ("int4", "int4g32")])
+@pytest.mark.parametrize("format", ["bitmask", "dense"])
+def test_the_dense_layer_is_the_product(format, value_dtype, dictionary_dtype):
+    case = Layer(format=format, value_dtype=value_dtype, dictionary_dtype=dictionary_dtype)
+    layer, (S, D) = case.module(), case.stored()
+    assert (layer.in_features, layer.out_features, layer.n_atoms) == (75, 37, 45)
+    assert "side=output" in repr(layer)
+    torch.testing.assert_close(layer.to_dense(torch.float64), (S @ D).T, rtol=1e-12, atol=1e-12)
+    dense = layer.to_dense_module(torch.float32)
+    with torch.no_grad():
+        check_product(case.x(), S, D, dense(case.x()))
+
+
+def test_a_skeleton_on_the_meta_device_has_the_stored_tensors():
+    for format, value_dtype in STORED:
+        spec, tensors = Layer(format=format, value_dtype=value_dtype, dictionary_dtype="int3g32").packed()
+        layer = build_group(spec, device="meta")["down"]
+        found = {f"down.{key}": (t.shape, t.dtype, t.device.type) for key, t in layer.state_dict().items()}
+        assert found == {key: (t.shape, t.dtype, "meta") for key, t in tensors.items()}
+
+
+# The operator
+
+
+def trained(layer):
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in ("values", "dictionary"))
+    return layer
+
+
+def arguments(layer, x):
+    stored = [getattr(layer, name) for name in layer.coefficient_names]
+    dictionary = [getattr(layer, name) for name in layer.dictionary_names]
+    return x, dictionary, stored, layer._bundle._handle, 0
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
+def test_the_operator_keeps_the_rules_of_torch(value_dtype):
+    layer = Layer(in_features=11, n_atoms=19, out_features=7, value_dtype=value_dtype).module()
+    for shape in ((3, 11), (2, 3, 11), (11,), (0, 11)):
+        torch.library.opcheck(torch.ops.cospadi.linear.default, arguments(layer, torch.randn(shape)))
+    if value_dtype == "float32":
+        x, dictionary, stored, handle, _ = arguments(layer, torch.randn(3, 11))
+        wanted = [True, True, *(tensor.is_floating_point() for tensor in stored)]
+        backward = torch.ops.cospadi.linear_backward.default
+        torch.library.opcheck(backward, (torch.randn(3, 7), x, dictionary, stored, handle, 0, wanted))
+        x = torch.randn(3, 11, requires_grad=True)
+        torch.library.opcheck(torch.ops.cospadi.linear.default, arguments(trained(layer), x))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_compiled_exported_and_traced_layers_give_the_same(backend):
+    case = Layer(6, 11, 19, 7)
+    layer, x = case.module(backend), case.x()
+    with torch.no_grad():
+        y = layer(x)
+        check_product(x, *case.stored(), y)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        assert torch.equal(compiled(x), y)
+        assert torch.equal(compiled(x[:4]), layer(x[:4]))
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), y)
+        assert torch.equal(torch.jit.trace(layer, (x,), check_trace=False)(x), y)
+
+
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_those_of_plain_torch(format, compiled):
+    case = Layer(6, 11, 19, 7, format=format)
+    layer = trained(case.module())
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    x, g = torch.randn(2, 3, 11, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
+    own, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
+    S, D = (factor.requires_grad_() for factor in case.stored())
+    (reference @ S @ D).backward(g)
+    call(own).backward(g)
+    torch.testing.assert_close(own.grad, reference.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.dictionary.grad.double(), D.grad.T, rtol=1e-6, atol=1e-6)
+    to_values = S.grad.T if format == "dense" else S.grad.T[S.detach().T != 0]
+    torch.testing.assert_close(layer.values.grad.double(), to_values, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_by_differences():
+    layer = Layer(2, 5, 6, 4).module()
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_gradients_go_only_where_they_are_wanted():
+    layer = Layer(2, 5, 6, 4).module("cpu")
+    layer.values.requires_grad_()
+    layer(Layer(2, 5).x()).sum().backward()
+    assert [name for name, p in layer.named_parameters() if p.grad is not None] == ["values"]
+
+
+@pytest.mark.parametrize("value_dtype", ["int8", "bfloat14"])
+def test_integer_factors_pass_gradients_to_x_alone(value_dtype):
+    case = Layer(4, 11, 19, 7, value_dtype=value_dtype, dictionary_dtype="int8")
+    layer, (S, D) = case.module(), case.stored()
+    assert not list(layer.parameters())
+    x = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    reference = x.detach().clone().requires_grad_()
+    layer(x).square().sum().backward()
+    (reference @ S @ D).square().sum().backward()
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_a_wrong_product_is_seen():
+    case = Layer(dtype=torch.bfloat16)
+    S, D = case.stored()
+    y = run(case.module(), case.x(), "cpu")
+    S[3, 7] += 1
+    with pytest.raises(AssertionError):
+        check_product(case.x(), S, D, y)
+
+
+def test_formats_that_pack_ragged_columns_hold_what_they_are_given():
+    """The matrix that is stored has columns of any count, since it is S that has as many in every column."""
+    matrix = Layer().factors().coefficients["down"].T
+    assert len(set((matrix != 0).sum(dim=0).tolist())) > 20
+    for format in FORMAT_NAMES:
+        packed = FORMATS.create(format).pack(matrix, "float32")
+        assert torch.equal(FORMATS.create(format).unpack(packed), matrix)
