@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cospadi.errors import NumericalError
+from cospadi.errors import NumericalError, UsageError
 
 _MAX_CONDITION = 1e7
 """Largest ratio of the factor's extreme diagonal entries: beyond it D = L^-T A loses the precision of bfloat16."""
@@ -107,6 +107,84 @@ def output_errors(gram: Tensor, weight: Tensor, approximation: Tensor) -> tuple[
     if not bool(gram.any()):
         return float(difference.square().sum()), float(weight.square().sum())
     return float((difference * (gram @ difference)).sum()), float((weight * (gram @ weight)).sum())
+
+
+def corrected_weight(
+    weight: Tensor, whitening: Whitening, shift: Tensor, alpha: float = 1.0, ridge: float = 1e-2
+) -> Tensor:
+    """Give the weight that imitates the dense outputs from the inputs behind a compressed prefix.
+
+    With inputs X in the dense model and X~ behind the prefix, ``W' = W + alpha * (X~^T X~)^-1 X~^T (X - X~) W``
+    minimises ``alpha ||X W - X~ W'||_F^2 + (1 - alpha) ||X~ W - X~ W'||_F^2``, and for any D S in place of W' that sum
+    differs from ``||X~ (W' - D S)||_F^2`` by a constant: the ordinary problem with W' for W remains.
+
+    The fit alone follows the noise of the calibration tokens where the inputs hardly vary, with weights many times
+    those of W that no compression keeps.  The ridge adds ``ridge * mean(diag(X~^T X~)) * ||W' - W||_F^2`` to the sum.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (in_features, out_features)
+        W; not modified.
+    whitening : Whitening
+        Of the Gram of X~; its note says what had to be repaired, and its damping adds to the ridge.
+    shift : Tensor, shape (in_features, in_features)
+        ``X~^T (X - X~)``; zero gives W.
+    alpha : float
+        0 keeps the layer's own weight, 1 imitates the dense outputs.
+    ridge : float
+        How strongly W' is held to W; 0 for the plain fit.
+
+    Returns
+    -------
+    Tensor, shape (in_features, out_features), float64
+
+    Raises
+    ------
+    UsageError
+        alpha is not between 0 and 1, or the ridge is negative.
+    NumericalError
+        The shift holds NaN or infinity.
+    """
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"alpha={alpha}: expected 0 (the layer's own weight) to 1 (the dense outputs)")
+    if not 0 <= ridge < float("inf"):
+        raise UsageError(f"ridge={ridge}: expected a number from 0 (the plain fit) up")
+    factor = whitening.factor
+    weight = weight.to(factor)
+    if alpha == 0:
+        return weight
+    if not bool(torch.isfinite(shift).all()):
+        raise NumericalError("the shift of the calibration activations holds NaN or infinity")
+    if ridge > 0:
+        gram = factor @ factor.T
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        factor = torch.linalg.cholesky(gram)
+    return weight + alpha * torch.cholesky_solve(shift.to(factor) @ weight, factor)
+
+
+def sequential_errors(
+    gram: Tensor, shift: Tensor, drift: Tensor, weight: Tensor, approximation: Tensor
+) -> tuple[float, float]:
+    """Give ``||X W - X~ V||_F^2`` and ``||X W||_F^2``, in float64, with X~ the inputs behind a compressed prefix.
+
+    Parameters
+    ----------
+    gram, shift, drift : Tensor, shape (in_features, in_features)
+        ``X~^T X~``, ``X~^T (X - X~)`` and ``(X - X~)^T (X - X~)``; a Gram of zeros (no token seen) counts as the
+        identity.
+    weight, approximation : Tensor, shape (in_features, out_features)
+        W and V.
+    """
+    squared, scale = output_errors(gram, weight, approximation)
+    weight = weight.to(gram)
+    difference = weight - approximation.to(gram)
+    carried = float((weight * (drift @ weight)).sum())
+    turned = shift @ weight
+    # Rounding may leave a sum of squares that cancel slightly below zero.
+    return (
+        max(squared + 2 * float((difference * turned).sum()) + carried, 0.0),
+        max(scale + 2 * float((weight * turned).sum()) + carried, 0.0),
+    )
 
 
 def _cholesky(gram: Tensor) -> Tensor | None:

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cospadi.errors import NumericalError
-from cospadi.whitening import output_errors, whitening_from_gram
+from cospadi.errors import NumericalError, UsageError
+from cospadi.whitening import corrected_weight, output_errors, sequential_errors, whitening_from_gram
 
 
 def sample(seed, tokens, width):
@@ -83,3 +83,103 @@ def test_nan_stops_with_the_name():
     gram[0, 1] = float("nan")
     with pytest.raises(NumericalError, match=r"layer\.7"):
         whitening_from_gram(gram, 5, name="layer.7")
+
+
+def shifted(seed, tokens, width):
+    """Dense inputs, inputs behind a compressed prefix, a weight."""
+    old, weight = sample(seed, tokens, width)
+    return old, old + 0.3 * sample(seed + 1, tokens, width)[0], weight
+
+
+def correct(old, new, weight, alpha, ridge=0.0):
+    whitening = whitening_from_gram(new.T @ new, len(new))
+    return corrected_weight(weight, whitening, new.T @ (old - new), alpha, ridge)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(0, 30))
+def test_a_corrected_weight_is_the_least_squares_fit_to_the_dense_outputs(seed, width, surplus):
+    old, new, weight = shifted(seed, 3 * width + surplus, width)
+    best = torch.linalg.lstsq(new, old @ weight).solution
+    torch.testing.assert_close(correct(old, new, weight, 1.0), best, rtol=1e-7, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 12), st.floats(0, 1))
+def test_between_the_two_targets_no_other_weight_does_better(seed, width, alpha):
+    old, new, weight = shifted(seed, 3 * width + 2, width)
+
+    def loss(candidate):
+        dense, own = old @ weight - new @ candidate, new @ (weight - candidate)
+        return float(alpha * dense.square().sum() + (1 - alpha) * own.square().sum())
+
+    found = correct(old, new, weight, alpha)
+    other = sample(seed + 2, 1, width)[1]
+    # For any candidate the loss exceeds the least one by the whitened distance: the ordinary problem.
+    excess = float((new @ (found - other)).square().sum())
+    assert loss(other) == pytest.approx(loss(found) + excess, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 30), st.floats(1e-3, 10))
+def test_the_ridge_holds_the_correction_to_the_weight(seed, width, tokens, ridge):
+    old, new, weight = shifted(seed, tokens, width)
+    level = ridge * float(new.square().sum()) / width
+    # Rows that ask for W' = W, as strongly as the ridge says, beside the rows of the fit.
+    rows = torch.cat([new, level**0.5 * torch.eye(width, dtype=new.dtype)])
+    best = torch.linalg.lstsq(rows, torch.cat([old @ weight, level**0.5 * weight])).solution
+    torch.testing.assert_close(correct(old, new, weight, 1.0, ridge), best, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.4, 1])
+def test_equal_inputs_or_no_share_of_the_dense_outputs_leave_the_weight_as_it_is(alpha):
+    old, new, weight = shifted(0, 20, 6)
+    assert torch.equal(correct(new, new, weight, alpha), weight)
+    assert torch.equal(correct(old, new, weight, alpha), weight) == (alpha == 0)
+    single = weight.float()
+    assert torch.equal(correct(new, new, single, alpha), single.double())
+
+
+def test_few_tokens_fit_the_dense_outputs_and_leave_unseen_directions_alone():
+    old, new, weight = shifted(0, 4, 9)
+    new[:, 2] = 0
+    found = correct(old, new, weight, 1.0)
+    torch.testing.assert_close(new @ found, old @ weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[2], weight[2], rtol=1e-6, atol=1e-6)
+    # What changed lies in the span of the tokens.
+    inside = torch.linalg.pinv(new) @ new
+    torch.testing.assert_close(inside @ (found - weight), found - weight, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_without_tokens_keeps_its_weight():
+    weight = sample(0, 1, 4)[1]
+    whitening = whitening_from_gram(torch.zeros(4, 4), 0)
+    assert torch.equal(corrected_weight(weight, whitening, torch.zeros(4, 4)), weight)
+
+
+def test_bad_corrections_are_refused():
+    old, new, weight = shifted(0, 20, 3)
+    for alpha in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UsageError, match="expected 0"):
+            correct(old, new, weight, alpha)
+    for ridge in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="ridge"):
+            correct(old, new, weight, 1.0, ridge)
+    whitening = whitening_from_gram(new.T @ new, 20)
+    with pytest.raises(NumericalError, match="shift"):
+        corrected_weight(weight, whitening, torch.full((3, 3), float("inf")))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 30))
+def test_the_error_against_the_dense_outputs_comes_from_three_matrices(seed, width, tokens):
+    old, new, weight = shifted(seed, tokens, width)
+    other, away = sample(seed + 2, 1, width)[1], old - new
+    found = sequential_errors(new.T @ new, new.T @ away, away.T @ away, weight, other)
+    expected = (float((old @ weight - new @ other).square().sum()), float((old @ weight).square().sum()))
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_without_tokens_the_errors_are_those_of_the_weights():
+    weight, zeros = sample(0, 1, 4)[1], torch.zeros(4, 4, dtype=torch.float64)
+    assert sequential_errors(zeros, zeros, zeros, weight, 2 * weight) == output_errors(zeros, weight, 2 * weight)

@@ -14,8 +14,8 @@ from cospadi.errors import CheckpointError, NumericalError
 class Gram:
     """The uncentred Gram ``G = X^T X`` of a layer's inputs, summed over batches.
 
-    Products are taken in float32, batch by batch, and summed in float64.  Grams are additive: those of several workers
-    merge into the Gram of all their tokens.
+    Products are taken in float32 (in float64 for float64 inputs), batch by batch, and summed in float64.  Grams are
+    additive: those of several workers merge into the Gram of all their tokens.
 
     Parameters
     ----------
@@ -47,7 +47,8 @@ class Gram:
         NumericalError
             The inputs hold NaN or infinity, or overflow float32 when squared.
         """
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
         if rows.device.type == "cpu":
             # numpy sees that both factors are one matrix and computes half of the product (BLAS syrk).
             x = rows.numpy()
