@@ -1,16 +1,23 @@
-"""The same ratio for every group."""
+"""The same ratio for every group, by formula: what is left to do where no menus were profiled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cospadi.allocation.base import Allocator
-from cospadi.allocation.budget import GroupShape, Size
+from cospadi.allocation.budget import Budget, GroupShape, Size
 
 
 @dataclass(frozen=True)
-class Uniform(Allocator):
-    """Removes the same fraction of every group's bytes."""
+class Uniform:
+    """Removes the same fraction of every group's bytes.
+
+    Attributes
+    ----------
+    budget : Budget
+        The ratio asked for and how bits are counted.
+    """
+
+    budget: Budget
 
     def allocate(self, shapes: Sequence[GroupShape]) -> list[Size | None]:
-        """Size each group by itself."""
+        """Size each group by itself; None keeps it dense because a factorisation would save nothing."""
         return [self.budget.size(shape) for shape in shapes]
