@@ -1,6 +1,7 @@
 """Learners that alternate between coding the columns and refitting the dictionary."""
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -10,11 +11,18 @@ from array_api_compat import device
 from cospadi.arrays import Array, convert, namespace
 from cospadi.errors import UsageError
 from cospadi.solvers.base import Solution, Solver, Status
-from cospadi.solvers.coders import Coder, as_coder
+from cospadi.solvers.coders import Coder, Coding, as_coder
+from cospadi.solvers.exchange import better_columns, exchange_atoms, polished, pursuit_pays
+from cospadi.solvers.htp import HTP
 from cospadi.solvers.updates import spectral_start, squared_columns, unit_columns
 
 DUPLICATE = 0.9999
 """Two atoms are the same one when the magnitude of their inner product exceeds this."""
+POLISH_ALTERNATIONS = 15
+FIRST_TRIAL = 4
+"""Alternation of the first trial of the pursuit, but for random columns: at the very first it wins and still loses."""
+ADAPTION = 0.5
+"""Change of the logarithm of the relaxation per unit of acceptance: more of it swings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +37,58 @@ class AlternatingSolver(Solver):
     ----------
     n_iter : int
         Largest number of alternations; 60 in arXiv 2509.22075.
-    init : {"svd", "columns"}
+    init : {"svd", "columns", "htp"}
         First dictionary: the leading left singular vectors of the target, or random columns of it as in
-        arXiv 2509.22075.  What is missing of the one is taken from the other.
+        arXiv 2509.22075 (what is missing of the one is taken from the other), or the dictionary and the support of
+        hard thresholding pursuit.
     tolerance : float
         Stop when an alternation lowers the error by less than this part of it; 0 uses all alternations.
     coder : str or Coder
-        ``omp``, ``spams``, ``sklearn``, ``threshold`` or a ``Coder``.
+        ``omp``, ``gomp``, ``spams``, ``sklearn``, ``threshold`` or a ``Coder``.
+    pursue_every : int or "auto"
+        The coder codes from scratch in every n-th alternation, 1 for all of them as in the paper, 0 for the first code
+        alone; the other alternations exchange atoms of the last support (see ``exchange_atoms``).  auto exchanges,
+        tries both on 64 columns after 4, 8, 16, ... alternations (1, 2, 4, ... from random columns), and codes from
+        scratch until the next trial where that was better.
+    relaxation : float
+        Length of the gradient step of an exchange, in units of the exact line search; of the first one if adapted.
+    acceptance : float
+        The relaxation grows where an exchange improves more than this part of the error's energy, and else shrinks: too
+        short a step exchanges nothing, too long a one too much.  0 keeps it fixed.
+    cg_steps : int
+        Conjugate gradient steps of an exchange.
+    polish : {"none", "cg", "htp"}
+        What follows the last alternation: conjugate gradients on the support, or first 15 alternations of exchange and
+        least-squares dictionary, i.e. hard thresholding pursuit.
     """
 
     n_iter: int = 60
-    init: Literal["svd", "columns"] = "svd"
+    init: Literal["svd", "columns", "htp"] = "svd"
     tolerance: float = 1e-4
     coder: str | Coder = "omp"
+    pursue_every: int | Literal["auto"] = 1
+    relaxation: float = 1.6
+    acceptance: float = 0.6
+    cg_steps: int = 2
+    polish: Literal["none", "cg", "htp"] = "none"
 
     def __post_init__(self) -> None:
         if self.n_iter < 1:
             raise UsageError(f"n_iter={self.n_iter}: expected at least 1")
-        if self.init not in ("svd", "columns"):
-            raise UsageError(f"init={self.init!r}: expected 'svd' or 'columns'")
+        if self.init not in ("svd", "columns", "htp"):
+            raise UsageError(f"init={self.init!r}: expected 'svd', 'columns' or 'htp'")
         if not 0 <= self.tolerance < 1:
             raise UsageError(f"tolerance={self.tolerance}: expected 0 <= tolerance < 1")
+        if self.pursue_every != "auto" and self.pursue_every < 0:
+            raise UsageError(f"pursue_every={self.pursue_every}: expected 0 or more, or auto")
+        if not 0 < self.relaxation < math.inf:
+            raise UsageError(f"relaxation={self.relaxation}: expected a positive number")
+        if not 0 <= self.acceptance < 1:
+            raise UsageError(f"acceptance={self.acceptance}: expected 0 <= acceptance < 1")
+        if self.cg_steps < 0:
+            raise UsageError(f"cg_steps={self.cg_steps}: expected 0 or more")
+        if self.polish not in ("none", "cg", "htp"):
+            raise UsageError(f"polish={self.polish!r}: expected 'none', 'cg' or 'htp'")
         as_coder(self.coder)
 
     @abc.abstractmethod
@@ -68,8 +107,14 @@ class AlternatingSolver(Solver):
     def _factorize(self, target: Array, n_atoms: int, n_nonzero: int, seed: int) -> Solution:
         xp = namespace(target)
         coder = as_coder(self.coder)
-        A = initial_dictionary(target, n_atoms, n_nonzero, self.init, seed)
-        coding = coder.encode(A, target, n_nonzero)
+        pays, pursuits, relaxation = False, 0, self.relaxation
+        first_trial = 1 if self.init == "columns" else FIRST_TRIAL
+        if self.init == "htp":
+            start = HTP()._factorize(target, n_atoms, n_nonzero, seed)
+            A, coding = start.dictionary, Coding(start.coefficients)
+        else:
+            A = initial_dictionary(target, n_atoms, n_nonzero, self.init, seed)
+            coding, pursuits = coder.encode(A, target, n_nonzero), 1
         S, replaced, status = coding.coefficients, 0, Status.MAX_ITERATIONS
         residual = target - A @ S
         previous, best_error = float(xp.sum(squared_columns(residual))) ** 0.5, float("inf")
@@ -92,13 +137,25 @@ class AlternatingSolver(Solver):
                 residual = target - A @ S
                 energies = squared_columns(residual)
             replaced += count
-            coding = coder.encode(A, target, n_nonzero)
-            fresh = target - A @ coding.coefficients
-            better = (squared_columns(fresh) < energies)[None, :]
-            S = xp.where(better, coding.coefficients, S)
-            residual = xp.where(better, fresh, residual)
+            if self.pursue_every == "auto":
+                if iteration >= first_trial and iteration & (iteration - 1) == 0:
+                    pays = pursuit_pays(target, A, S, residual, n_nonzero, coder, relaxation, self.cg_steps)
+            else:
+                pays = self.pursue_every > 0 and iteration % self.pursue_every == 0
+            if pays:
+                coding = coder.encode(A, target, n_nonzero)
+                candidate, pursuits = coding.coefficients, pursuits + 1
+            else:
+                candidate = exchange_atoms(A, S, residual, n_nonzero, relaxation, self.cg_steps)
+            S, residual, improved = better_columns(target, A, S, residual, energies, candidate)
+            if self.acceptance and not pays:
+                relaxation = min(max(relaxation * math.exp(ADAPTION * (improved - self.acceptance)), 0.5), 4.0)
+        if self.polish != "none":
+            alternations = POLISH_ALTERNATIONS if self.polish == "htp" else 0
+            best = polished(target, *best, n_nonzero, alternations, self.cg_steps)
         statistics: dict[str, float | int | str] = {
             "iterations": iteration,
+            "pursuits": pursuits,
             "replaced_atoms": replaced,
             "dependent_columns": coding.dependent_columns,
         }

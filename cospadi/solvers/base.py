@@ -6,7 +6,8 @@ non-zeros in each column of S, so that
     sum_j f_j ||y_j - A s_j||^2
 
 is small, where the y_j are the columns of the target ``Y = L^T W`` and ``f`` optional column weights.  The squared
-whitened error is the error of the layer's outputs on the calibration data (arXiv 2509.22075).
+whitened error is the error of the layer's outputs on the calibration data (arXiv 2509.22075).  Some solvers also take a
+full metric M on the columns and minimise ``tr((Y - A S) M (Y - A S)^T)``.
 """
 
 import abc
@@ -43,6 +44,8 @@ class Problem:
         Largest number of non-zeros in a column of S, between 0 and ``n_atoms``.
     column_weights : array, shape (n_columns,), floating, optional
         Non-negative weights f of the columns' squared errors.
+    column_metric : array, shape (n_columns, n_columns), floating, optional
+        Symmetric positive semidefinite M in place of weights, for solvers that have ``takes_column_metric``.
     seed : int
         Seed of whatever is random in the solver.
     """
@@ -51,6 +54,7 @@ class Problem:
     n_atoms: int
     n_nonzero: int
     column_weights: Array | None = None
+    column_metric: Array | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +67,13 @@ class Problem:
             raise UsageError(
                 f"column_weights of shape {tuple(self.column_weights.shape)} for a target of shape {shape}"
             )
+        if self.column_metric is not None:
+            if self.column_weights is not None:
+                raise UsageError("column_weights and column_metric exclude each other: put the weights into the metric")
+            if tuple(self.column_metric.shape) != (shape[1], shape[1]):
+                raise UsageError(
+                    f"column_metric of shape {tuple(self.column_metric.shape)} for a target of shape {shape}"
+                )
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,8 @@ class Solver(abc.ABC):
     """Array library that it computes with; None means numpy for arrays on the CPU and else the target's own."""
     sparse: ClassVar[bool] = True
     """Whether the coefficients are sparse; False asks for n_nonzero == n_atoms and the ``dense`` format."""
+    takes_column_metric: ClassVar[bool] = False
+    """Whether problems may have a ``column_metric``; then the subclass implements ``_factorize_in_metric``."""
 
     @classmethod
     def availability(cls) -> Availability:
@@ -110,6 +123,10 @@ class Solver(abc.ABC):
     @abc.abstractmethod
     def _factorize(self, target: Array, n_atoms: int, n_nonzero: int, seed: int) -> Solution:
         """Factorise an unweighted target that is in the solver's array library; must not modify it."""
+
+    def _factorize_in_metric(self, target: Array, metric: Array, n_atoms: int, n_nonzero: int) -> Solution:
+        """Factorise a target whose columns are scaled so that the metric has a unit diagonal."""
+        raise NotImplementedError
 
     @final
     def solve(self, problem: Problem) -> Solution:
@@ -147,9 +164,25 @@ class Solver(abc.ABC):
             floor = max(float(xp.max(weights)) * 1e-12, float(np.finfo(np.float32).tiny))
             weights = xp.sqrt(xp.clip(weights, floor, None))
             target = target * weights[None, :]
+        metric = None
+        if problem.column_metric is not None:
+            if not self.takes_column_metric:
+                raise UsageError(f"{type(self).__name__} takes no column metric: use htp, or column_weights")
+            metric = xp.astype(convert(problem.column_metric, library), target.dtype)
+            weights = xp.sqrt(xp.linalg.diagonal(metric))
+            if not bool(xp.all(xp.isfinite(metric))):
+                raise NumericalError("the column metric holds NaN or infinity")
+            largest = float(xp.max(weights))
+            # Columns that the metric ignores keep a small weight of their own, as above.
+            weights = xp.clip(weights, largest * 1e-6 if largest > 0 else 1.0, None)
+            metric = metric / (weights[:, None] * weights[None, :])
+            target = target * weights[None, :]
         if not bool(xp.all(xp.isfinite(target))):
             raise NumericalError("the target holds NaN or infinity")
-        solution = self._factorize(target, problem.n_atoms, problem.n_nonzero, problem.seed)
+        if metric is not None:
+            solution = self._factorize_in_metric(target, metric, problem.n_atoms, problem.n_nonzero)
+        else:
+            solution = self._factorize(target, problem.n_atoms, problem.n_nonzero, problem.seed)
         coefficients = solution.coefficients
         if weights is not None:
             coefficients = coefficients / weights[None, :]

@@ -1,7 +1,7 @@
 """Hard thresholding pursuit over all columns at once: the default learner."""
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 from array_api_compat import device
@@ -10,6 +10,7 @@ from cospadi.arrays import Array, namespace
 from cospadi.errors import UsageError
 from cospadi.solvers.base import Solution, Solver, Status
 from cospadi.solvers.coders import BatchOMP
+from cospadi.solvers.metric_pursuit import pursue_in_metric
 from cospadi.solvers.orthogonal import alternate
 from cospadi.solvers.updates import (
     hard_threshold,
@@ -49,6 +50,8 @@ class HTP(Solver):
     final_cg_steps: int = 10
     start: Literal["single-step", "orthogonal"] = "orthogonal"
 
+    takes_column_metric: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if min(self.n_iter, self.cg_steps, self.final_cg_steps) < 0:
             raise UsageError(
@@ -78,7 +81,7 @@ class HTP(Solver):
                 best, best_error = (A, S), error
             if iteration == self.n_iter:
                 break
-            S = hard_threshold(S + _step(squared_columns(C), C, G @ C)[None, :] * C, n_nonzero)
+            S = hard_threshold(S + column_steps(squared_columns(C), C, G @ C)[None, :] * C, n_nonzero)
             S = conjugate_gradients(G, B - G @ S, S, self.cg_steps)
         A, S = best
         G = A.T @ A
@@ -86,6 +89,14 @@ class HTP(Solver):
         # Columns that are solved up to rounding have nothing to gain, and noise must not spoil them.
         better = squared_columns(Y - A @ refined) <= squared_columns(Y - A @ S)
         S = namespace(Y).where(better[None, :], refined, S)
+        return Solution(A, S, Status.MAX_ITERATIONS, {"iterations": self.n_iter})
+
+    def _factorize_in_metric(self, target: Array, metric: Array, n_atoms: int, n_nonzero: int) -> Solution:
+        if n_atoms > target.shape[0]:
+            raise UsageError(
+                f"htp: {n_atoms} atoms in {target.shape[0]} dimensions: with a column metric at most as many"
+            )
+        A, S = pursue_in_metric(target, metric, n_atoms, n_nonzero, self.n_iter, self.cg_steps, self.final_cg_steps)
         return Solution(A, S, Status.MAX_ITERATIONS, {"iterations": self.n_iter})
 
 
@@ -134,7 +145,7 @@ def conjugate_gradients(G: Array, C: Array, S: Array, steps: int) -> Array:
     energy = squared_columns(residual)
     for _ in range(steps):
         image = (G @ direction) * mask
-        length = _step(energy, direction, image)[None, :]
+        length = column_steps(energy, direction, image)[None, :]
         S = S + length * direction
         residual = residual - length * image
         previous, energy = energy, squared_columns(residual)
@@ -150,7 +161,7 @@ def _inner_columns(U: Array, V: Array) -> Array:
     return namespace(U).sum(U * V, axis=0)
 
 
-def _step(energy: Array, direction: Array, image: Array) -> Array:
+def column_steps(energy: Array, direction: Array, image: Array) -> Array:
     """Give energy / <direction, image> of each column: the step to the minimum, zero where there is no curvature.
 
     With atoms of unit norm a curvature of a few roundings is that of a null direction: a step along it is noise.

@@ -1,47 +1,67 @@
 """K-SVD: sparse coding in turns with rank-one refits of the atoms, on the arrays of numpy, torch or cupy."""
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 
-from cospadi.arrays import Array, convert, cupy_availability, library_of, namespace
+from cospadi.arrays import Array, convert, cupy_availability, library_of
 from cospadi.errors import UsageError
 from cospadi.registry import Availability
 from cospadi.solvers.alternating import AlternatingSolver
+from cospadi.solvers.atoms import update_atoms_arrays, update_blocks_in_sequence, update_blocks_jointly
 from cospadi.solvers.coders import has_kernels
-from cospadi.solvers.updates import unit_columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class KSVD(AlternatingSolver):
-    """K-SVD (Aharon, Elad, Bruckstein 2006) with the settings of CoSpaDi (arXiv 2509.22075).
+    """K-SVD (Aharon, Elad, Bruckstein 2006), by default in a fast form.
 
-    One alternation codes all columns, then refits the atoms one after the other: for atom a_i with coefficients s_i on
-    the columns Omega that use it, (a_i, s_i) becomes the best rank-one fit of E = (Y - A S + a_i s_i)_Omega, through
-    power steps u <- E E^T u from the current atom.  E is never formed: with R = Y - A S and v = E^T u,
+    One alternation codes all columns, then refits each atom a_i with its coefficients s_i on the columns Omega that use
+    it towards the best rank-one fit of E = (Y - A S + a_i s_i)_Omega.  The support is kept and the error cannot rise.
+    E is never formed: with R = Y - A S and v = E^T u,
 
-        v = R^T u + s_i <a_i, u>,   E v = R v + a_i <s_i, v>   (on Omega),
+        v = R^T u + s_i <a_i, u>,   E v = R v + a_i <s_i, v>   (on Omega).
 
-    and R is corrected by a_i s_i - u v.  The support is kept and the error cannot rise.
+    The recipe of CoSpaDi (arXiv 2509.22075) is ``block=1, power_iterations=8, pursue_every=1, init="columns",
+    tolerance=0``: atoms one after the other, matching pursuit from scratch in each alternation.
 
     Attributes
     ----------
+    block : int
+        Atoms that are refitted together, with products of matrices; 1 refits one after the other.  Joint blocks of more
+        than a quarter of all atoms converge more slowly.
+    within : {"joint", "sequence"}
+        How the atoms of a block are refitted: all at once with exact step lengths (see ``update_blocks_jointly``), or
+        with the result of one after the other, each by a power step from its coefficients (see
+        ``update_blocks_in_sequence``).
     power_iterations : int
-        Power steps per atom.
+        Power steps per atom with ``block=1``, from the current atom; else how often each block is refitted.
+    pursue_every : int or "auto"
+        As of ``AlternatingSolver``; by default the pursuit is repeated only where that pays.
     compiled : bool
-        Use the compiled update for numpy and torch arrays on the CPU.
+        Use the compiled update for ``block=1`` and numpy and torch arrays on the CPU.
     """
 
-    power_iterations: int = 8
+    block: int = 32
+    within: Literal["joint", "sequence"] = "joint"
+    power_iterations: int = 1
+    pursue_every: int | Literal["auto"] = "auto"
     compiled: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.power_iterations < 1:
             raise UsageError(f"power_iterations={self.power_iterations}: expected at least 1")
+        if self.block < 1:
+            raise UsageError(f"block={self.block}: expected at least 1")
+        if self.within not in ("joint", "sequence"):
+            raise UsageError(f"within={self.within!r}: expected 'joint' or 'sequence'")
 
     def _update(self, Y: Array, A: Array, S: Array, residual: Array) -> tuple[Array, Array, Array]:
+        if self.block > 1:
+            refit = update_blocks_jointly if self.within == "joint" else update_blocks_in_sequence
+            return refit(A, S, residual, self.block, self.power_iterations)
         if self.compiled and has_kernels(Y):
             from cospadi.solvers.kernels import update_atoms
 
@@ -51,37 +71,6 @@ class KSVD(AlternatingSolver):
             update_atoms(rows, atoms, S, self.power_iterations)
             return convert(atoms, library).T, convert(S, library), convert(rows, library).T
         return update_atoms_arrays(A, S, residual, self.power_iterations)
-
-
-def update_atoms_arrays(A: Array, S: Array, residual: Array, power_iterations: int) -> tuple[Array, Array, Array]:
-    """Do what ``kernels.update_atoms`` does, with masked products over all columns; for GPUs.
-
-    Parameters
-    ----------
-    A : array, shape (in_features, n_atoms)
-    S : array, shape (n_atoms, n_columns)
-    residual : array, shape (in_features, n_columns)
-
-    Returns
-    -------
-    A, S, residual : array
-        New arrays.
-    """
-    xp = namespace(A, S, residual)
-    A, S = xp.asarray(A, copy=True), xp.asarray(S, copy=True)
-    for i in range(A.shape[1]):
-        old, s = A[:, i], S[i, :]
-        mask = xp.astype(s != 0, s.dtype)
-        atom = xp.asarray(old, copy=True)
-        for _ in range(power_iterations):
-            v = mask * (atom @ residual + s * xp.vecdot(old, atom))
-            direction, size = unit_columns((residual @ v + old * xp.vecdot(s, v))[:, None])
-            atom = xp.where(size > 0, direction[:, 0], atom)
-        v = mask * (atom @ residual + s * xp.vecdot(old, atom))
-        residual = residual + old[:, None] * s[None, :] - atom[:, None] * v[None, :]
-        A[:, i] = atom
-        S[i, :] = v
-    return A, S, residual
 
 
 @final

@@ -5,7 +5,7 @@ from typing import final
 
 from cospadi.arrays import Array
 from cospadi.solvers.alternating import AlternatingSolver
-from cospadi.solvers.updates import least_squares_dictionary, unit_columns
+from cospadi.solvers.exchange import least_squares_refit
 
 
 @final
@@ -17,6 +17,4 @@ class MOD(AlternatingSolver):
     """
 
     def _update(self, Y: Array, A: Array, S: Array, residual: Array) -> tuple[Array, Array, Array]:
-        A, sizes = unit_columns(least_squares_dictionary(Y, S, A))
-        S = S * sizes[:, None]
-        return A, S, Y - A @ S
+        return least_squares_refit(Y, A, S, residual)

@@ -124,30 +124,44 @@ def spectral_start(Y: Array, n_atoms: int, n_nonzero: int) -> tuple[Array, Array
 def least_squares_dictionary(Y: Array, S: Array, previous: Array) -> Array:
     """Solve min over A of ||Y - A S||^2: A = Y S^T (S S^T + ridge)^-1 (Engan, Aase, Husoy 1999).
 
-    The rows of S are scaled to one size first, so that the tiny ridge (64 units of rounding) weighs on all atoms alike
-    and a long decay of their energies costs no digits.  Atoms that no column uses keep their ``previous`` direction.
-
     Parameters
     ----------
     Y : array, shape (in_features, n_columns)
     S : array, shape (n_atoms, n_columns)
     previous : array, shape (in_features, n_atoms)
+        Atoms that no column uses keep this direction.
 
     Returns
     -------
     A : array, shape (in_features, n_atoms)
     """
-    xp = namespace(Y)
-    gram = S @ S.T
+    return solve_atoms(S @ S.T, S @ Y.T, previous)
+
+
+def solve_atoms(gram: Array, right: Array, previous: Array) -> Array:
+    """Solve A gram = right^T with a ridge.
+
+    The equations are scaled to a unit diagonal first, so that the tiny ridge (64 units of rounding) weighs on all atoms
+    alike and a long decay of their energies costs no digits.
+
+    Parameters
+    ----------
+    gram : array, shape (n_atoms, n_atoms)
+        Symmetric positive semidefinite, such as S S^T.
+    right : array, shape (n_atoms, in_features)
+        Such as S Y^T.
+    previous : array, shape (in_features, n_atoms)
+        Atoms of zero energy keep this direction.
+    """
+    xp = namespace(gram)
     energies = xp.linalg.diagonal(gram)
     used = energies > 0
     sizes = xp.sqrt(xp.where(used, energies, xp.ones_like(energies)))
     gram = gram / (sizes[:, None] * sizes[None, :])
     # The diagonal is one, or zero for unused atoms, whose equations become x = 0.
-    identity = xp.eye(S.shape[0], dtype=Y.dtype, device=device(S))
-    ridge = xp.where(used, 0.0 * sizes, xp.ones_like(sizes)) + 64 * float(xp.finfo(Y.dtype).eps)
-    right = (S @ Y.T) / sizes[:, None]
-    solved = xp.linalg.solve(gram + ridge * identity, right) / sizes[:, None]
+    identity = xp.eye(gram.shape[0], dtype=gram.dtype, device=device(gram))
+    ridge = xp.where(used, 0.0 * sizes, xp.ones_like(sizes)) + 64 * float(xp.finfo(gram.dtype).eps)
+    solved = xp.linalg.solve(gram + ridge * identity, right / sizes[:, None]) / sizes[:, None]
     return xp.where(used[None, :], solved.T, previous)
 
 
