@@ -3,16 +3,18 @@
 Every field is reachable from Python, from a YAML recipe and from the command line under the same name.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cospadi.errors import UsageError
 from cospadi.registry import nearest
 
 RECIPE_VERSION = 1
+WEIGHT_DTYPES = ("int8", "int6g64", "int5g64", "int4g64", "int4g32", "int3g64", "int3g32")
 
 
 class _Strict(BaseModel):
@@ -33,12 +35,24 @@ class CalibrationConfig(_Strict):
         Tokens per window.
     batch_size : int
         Windows per forward pass; changes memory and speed.
+    order : {"one-shot", "sequential"}
+        ``one-shot``: all inputs come from the dense model.  ``sequential``: the inputs of each layer come from the
+        layers already compressed before it.
+    mixing : float
+        For sequential calibration, how far a layer is to make up for the errors before it: 0 keeps its own weight on
+        the new inputs, 1 imitates the dense model's outputs.
+    labels : {"model", "text"}
+        Where the labels come from whose gradients tell how sensitive the loss is to each output: drawn from the
+        model's own predictions (Fisher information), or the text's next tokens (the empirical variant).
     """
 
     text: str | None = None
     samples: int = Field(default=64, ge=1)
     seq_len: int = Field(default=512, ge=2)
     batch_size: int = Field(default=8, ge=1)
+    order: Literal["one-shot", "sequential"] = "one-shot"
+    mixing: float = Field(default=0.5, ge=0, le=1)
+    labels: Literal["model", "text"] = "model"
 
 
 class CompressionConfig(_Strict):
@@ -51,13 +65,36 @@ class CompressionConfig(_Strict):
     convention : {"honest", "paper"}
         ``honest`` counts every byte that lands on disk against bfloat16; ``paper`` leaves the mask out as
         arXiv 2509.22075 does.
-    rho : float
-        Atoms per non-zero of a column, k / s; less where k would exceed the layer's input features (honest convention).
-    allocation : {"uniform"}
-        How the budget is spread over the layers.
-    groups : str
-        ``none``, ``natural`` (layers that receive the same input share a dictionary) or ``consecutive:N`` (runs of N
-        layers of the same kind).
+    rho : float, optional
+        Atoms per non-zero of a column, k / s.  None takes what the allocation finds best for each group, and 2 where
+        the allocation is uniform.
+    allocation : {"knapsack", "pooled-spectrum", "equal-ratio", "uniform"}
+        How the budget is spread over the layers.  ``knapsack``: the least total cost.  ``pooled-spectrum``: by the
+        singular values, as COMPOT does.  ``equal-ratio``: the best way of storing each group at the same ratio.
+        ``uniform``: the same ratio by formula, in bfloat16 factors, with nothing measured beforehand.
+    cost : {"sensitivity", "functional-error", "relative-error"}
+        What the knapsack adds up: the predicted gain of the model's loss, the error of the layers' outputs, or that
+        error over the size of each layer's outputs (ROCKET).
+    storage : {"auto", "factors", "quantized"}
+        What the allocation may choose: ``factors`` (dictionary and sparse coefficients), ``quantized`` weights without
+        factors, or both.
+    dictionary : {"auto", "learned", "identity"}
+        ``identity`` takes no bytes: the weight itself becomes sparse.  ``auto`` lets the allocation choose, and is
+        ``learned`` for the uniform one.
+    column_weights : bool
+        Weigh each output in the solver by how much the loss minds its errors.
+    token_weights : bool
+        Weigh each calibration token by how much the loss minds errors there.
+    side : {"auto", "input", "output"}
+        Side of the weight that the dictionary is on.  ``output`` factors the transpose, for layers that share no
+        dictionary, with solvers that can; the uniform allocation knows ``input`` only.
+    limits : tuple of str
+        Least and largest part of its bytes that a layer may lose, as PATTERN=LOW:HIGH; the last pattern that matches a
+        group's first layer counts.  PATTERN=0:0 keeps layers dense within the budget.
+    groups : str or list of lists of str
+        Which layers share a dictionary: ``none``, ``natural`` (those that receive the same input), ``natural:N`` (these
+        over runs of N blocks), ``consecutive:N`` (runs of N layers of the same kind) or ``matching`` (natural groups in
+        pairs that lose least by sharing).  In a recipe also a list of lists of layer names.
     solver : str
         Registry name of the dictionary solver.
     solver_options : dict
@@ -65,8 +102,11 @@ class CompressionConfig(_Strict):
     format : str, optional
         Storage format of the coefficients; None takes ``bitmask`` for sparse solvers and ``dense`` for dense ones.
     value_dtype : str
-        ``bfloat16``, ``float16``, ``float32``, ``bfloat14`` (coefficients only; the dictionary is then bfloat16) or
-        ``int8`` (with one scale per atom and per column of coefficients).
+        Of the factors: ``bfloat16``, ``float16``, ``float32``, ``bfloat14`` (coefficients only; the dictionary is then
+        bfloat16) or ``int8`` (with one scale per atom and per column of coefficients).  ``auto`` lets the allocation
+        choose between bfloat16 and int8.
+    weight_dtypes : tuple of str
+        Dtypes that the allocation may choose for quantised weights.
     include, exclude : tuple of str
         Shell patterns over layer names; a layer is compressed if it matches an include and no exclude pattern.
     damping : float
@@ -83,13 +123,21 @@ class CompressionConfig(_Strict):
 
     ratio: float = Field(default=0.2, gt=0, lt=1)
     convention: Literal["honest", "paper"] = "honest"
-    rho: float = Field(default=2.0, ge=1)
-    allocation: Literal["uniform"] = "uniform"
-    groups: str = "natural"
+    rho: float | None = Field(default=None, ge=1)
+    allocation: Literal["knapsack", "pooled-spectrum", "equal-ratio", "uniform"] = "knapsack"
+    cost: Literal["sensitivity", "functional-error", "relative-error"] = "sensitivity"
+    storage: Literal["auto", "factors", "quantized"] = "auto"
+    dictionary: Literal["auto", "learned", "identity"] = "auto"
+    column_weights: bool = True
+    token_weights: bool = False
+    side: Literal["auto", "input", "output"] = "auto"
+    limits: tuple[str, ...] = ()
+    groups: str | tuple[tuple[str, ...], ...] = "natural"
     solver: str = "auto"
     solver_options: dict[str, Any] = Field(default_factory=dict)
     format: str | None = None
-    value_dtype: Literal["bfloat16", "float16", "float32", "bfloat14", "int8"] = "bfloat16"
+    value_dtype: Literal["auto", "bfloat16", "float16", "float32", "bfloat14", "int8"] = "auto"
+    weight_dtypes: tuple[str, ...] = WEIGHT_DTYPES
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     damping: float = Field(default=1e-6, gt=0, lt=1)
@@ -100,11 +148,35 @@ class CompressionConfig(_Strict):
 
     @field_validator("groups")
     @classmethod
-    def _known_grouping(cls, value: str) -> str:
-        kind, _, length = value.partition(":")
-        if value in ("none", "natural") or (kind == "consecutive" and length.isdecimal() and int(length) >= 1):
+    def _known_grouping(cls, value: str | tuple[tuple[str, ...], ...]) -> str | tuple[tuple[str, ...], ...]:
+        if not isinstance(value, str):
             return value
-        raise ValueError("expected none, natural or consecutive:N with N >= 1")
+        kind, _, length = value.partition(":")
+        runs = kind in ("consecutive", "natural") and length.isdecimal() and int(length) >= 1
+        if value in ("none", "natural", "matching") or runs:
+            return value
+        raise ValueError("expected none, natural, natural:N, consecutive:N with N >= 1, or matching")
+
+    @field_validator("limits")
+    @classmethod
+    def _readable_limits(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            read_limit(text)
+        return value
+
+    @field_validator("weight_dtypes")
+    @classmethod
+    def _known_dtypes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [dtype for dtype in value if not re.fullmatch(r"int8|int[2-6]g(32|64|128)", dtype)]
+        if unknown:
+            raise ValueError(f"unknown dtype {unknown[0]!r}: expected some of {', '.join(WEIGHT_DTYPES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CompressionConfig":
+        if self.convention == "paper" and self.storage != "factors":
+            raise ValueError("convention 'paper' counts factors only: add storage 'factors'")
+        return self
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CompressionConfig":
@@ -134,6 +206,27 @@ class CompressionConfig(_Strict):
         return {"version": RECIPE_VERSION, **self.model_dump(mode="json")}
 
 
+def read_limit(text: str) -> tuple[str, float, float]:
+    """Read PATTERN=LOW:HIGH.
+
+    Raises
+    ------
+    ValueError
+        It reads otherwise, or not 0 <= LOW <= HIGH <= 1.
+    """
+    pattern, _, bounds = text.rpartition("=")
+    low, _, high = bounds.partition(":")
+    try:
+        limits = float(low), float(high)
+    except ValueError:
+        limits = (1.0, 0.0)
+    if not pattern or not 0 <= limits[0] <= limits[1] <= 1:
+        raise ValueError(
+            f"limit {text!r}: expected PATTERN=LOW:HIGH with 0 <= LOW <= HIGH <= 1, such as *.v_proj=0:0.3"
+        )
+    return pattern, *limits
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read the mapping that a YAML recipe holds, unchecked.
 
@@ -157,6 +250,8 @@ def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
     """Phrase the first fault of a validation in one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    if not where:
+        return first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         fields = CalibrationConfig.model_fields if first["loc"][0] == "calibration" else cls.model_fields
         return f"unknown option {where!r}{nearest(str(first['loc'][-1]), list(fields))}"

@@ -7,21 +7,31 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Planned:
-    """The groups and their sizes are known; work begins."""
+    """It is known how each group is stored; solving begins."""
 
-    n_groups: int
     n_layers: int
-    n_blocks: int
+    n_units: int
+    n_factors: int
+    n_dense: int
     solver: str
     reason: str
 
 
 @dataclass(frozen=True)
-class BlockCalibrated:
-    """The Grams of one block are collected."""
+class Calibrated:
+    """So much of the calibration is done, counted in ``windows`` or ``blocks``."""
 
-    block: int
-    n_blocks: int
+    done: int
+    total: int
+    of: str
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """The menus of so many groups are known."""
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -42,5 +52,5 @@ class Written:
     path: str
 
 
-Event = Planned | BlockCalibrated | GroupFinished | Written
+Event = Planned | Calibrated | Profiled | GroupFinished | Written
 Listener = Callable[[Event], None]

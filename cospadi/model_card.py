@@ -50,9 +50,21 @@ def model_card(report: dict[str, Any]) -> str:
 
 def _summary(report: dict[str, Any]) -> str:
     coefficients = "coefficients" if report["format"] == "dense" else "sparse coefficients"
+    counts = {"factors": 0, "sparse": 0, "quantized": 0}
+    for row in report["groups"]:
+        counts[row["kind"]] += len(row["members"])
+    parts = []
+    if counts["factors"]:
+        parts.append(f"{counts['factors']} are stored as a dictionary times {coefficients}")
+    if counts["sparse"]:
+        parts.append(f"{counts['sparse']} {'as' if parts else 'are stored as'} sparse matrices")
+    if counts["quantized"]:
+        parts.append(f"{counts['quantized']} {'as' if parts else 'are stored as'} whole numbers of few bits")
+    if report["kept_dense"]:
+        parts.append(f"{len(report['kept_dense'])} {'as before' if parts else 'are as before'}")
     return (
-        f"{report['totals']['n_layers']} linear layers of {Path(report['model']).name} are stored as a dictionary "
-        f"times {coefficients}, fitted to the layers' outputs on a calibration text."
+        f"Of the linear layers of {Path(report['model']).name} {', '.join(parts)}; "
+        "what changed was fitted to the layers' outputs on a calibration text."
     )
 
 
@@ -111,12 +123,11 @@ def _method(report: dict[str, Any]) -> str:
     members = [member for row in report["groups"] for member in row["members"]]
     worst = max(members, key=lambda member: member["relative_error"])
     return f"""- cospadi {report["cospadi"]}, solver `{report["solver"]["name"]}`, ratio {config["ratio"]:g} by the \
-{config["convention"]} convention, {config["groups"]} groups, coefficients in {config["value_dtype"]}
+{config["convention"]} convention, {config["groups"]} groups, {config["allocation"]} allocation
 - calibration: {calibration["windows"]} windows of {calibration["seq_len"]} tokens, {_public(calibration["source"])} \
 (SHA-256 of the tokens `{calibration["fingerprint"][:16]}...`)
 - relative error of the outputs on that text: {totals["mean_relative_error"]:.4f} on average, \
 {worst["relative_error"]:.4f} at worst (`{worst["name"]}`)
-- {len(report["kept_dense"])} further linear layers were kept dense because factors would save nothing
 - every group's sizes, errors and solver statistics are in `report.json`"""
 
 

@@ -1,57 +1,53 @@
 """Compress a model: the stages joined.
 
-map the model -> form groups -> allocate sizes -> for each block: collect Grams -> for each group: whiten, solve, pack,
+map the model -> form groups -> collect statistics -> profile and allocate -> for each group: whiten, solve, pack,
 record -> write the checkpoint folder.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cospadi.allocation.budget import Budget, GroupShape, Size
-from cospadi.allocation.uniform import Uniform
 from cospadi.calibration.collectors import GramCollector
 from cospadi.calibration.data import fingerprint, read_text, token_windows
+from cospadi.calibration.gradients import SourceStatistics
 from cospadi.calibration.lockstep import Lockstep, forward_call
+from cospadi.calibration.sensitivity import collect_statistics
 from cospadi.calibration.statistics import Gram
 from cospadi.config import CompressionConfig
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
-from cospadi.events import BlockCalibrated, Event, GroupFinished, Listener, Planned, Written
+from cospadi.events import Calibrated, Listener, Planned, Profiled, Written
 from cospadi.experts import split_experts
 from cospadi.export import write_checkpoint
-from cospadi.factorize import Method, factorize_group
+from cospadi.factorize import Method
 from cospadi.formats.base import FORMATS
+from cospadi.grouping import match_groups, pair_distances
 from cospadi.groups import Group, form_groups
-from cospadi.layers import Layer, ModelMap, map_model, weight_matrix
+from cospadi.layers import ModelMap, map_model, weight_matrix
+from cospadi.measurements import Measurements
 from cospadi.models import OpenModel, open_model
+from cospadi.objective import Objective
+from cospadi.planning import (
+    Assignment,
+    allocate,
+    families_of,
+    measure_corrections,
+    profile_groups,
+    uniform_assignment,
+)
 from cospadi.report import Report, machine, totals, versions, write_report
 from cospadi.solvers.auto import Auto
 from cospadi.solvers.base import SOLVERS
+from cospadi.solving import Job, check_order, solve
 from cospadi.work import WorkFolder, check_output, write_durably
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done with each group; the same for a run and its resumption."""
-
-    config: CompressionConfig
-    method: Method
-    reason: str
-    map: ModelMap
-    groups: tuple[Group, ...]
-    sizes: tuple[Size | None, ...]
-
-    @property
-    def work(self) -> list[tuple[int, Group, Size]]:
-        """The groups that get a factorisation, with their index."""
-        return [(i, g, s) for i, (g, s) in enumerate(zip(self.groups, self.sizes, strict=True)) if s is not None]
 
 
 def compress(
@@ -61,7 +57,7 @@ def compress(
     *,
     tokenizer: Any = None,
     windows: Tensor | None = None,
-    grams: Mapping[str, Gram] | None = None,
+    cache: str | Path | None = None,
     resume: bool = False,
     on_event: Listener | None = None,
 ) -> Report:
@@ -79,8 +75,9 @@ def compress(
         Needed when a model object is given with no ``windows``; else taken from the folder.
     windows : Tensor, shape (n_windows, seq_len), int64, optional
         Calibration tokens in place of the recipe's text.
-    grams : mapping of str to Gram, optional
-        What ``collect_grams`` gave for the same model and tokens; saves the calibration pass.
+    cache : str or Path, optional
+        Folder that keeps the statistics and the profile, so that another ratio of the same model costs only allocation
+        and solving; several models and recipes may share one.  Without it they are deleted with the records.
     resume : bool
         Continue what an interrupted run left in ``out``; starts afresh where there is nothing.
     on_event : callable, optional
@@ -111,16 +108,34 @@ def compress(
     call = forward_call(source.model, device)
     example = windows[:1, : min(8, windows.shape[1])]
     mapped = map_model(source.model, lambda: call(example), config.include, config.exclude)
-    plan = _plan(config, method, reason, mapped)
+    matching = config.groups == "matching"
+    groups = tuple(form_groups(mapped.layers, "natural" if matching else config.groups))
+    check_order(config, groups)
+    if config.allocation == "uniform":
+        uniform_assignment(config, method, groups)  # what cannot work is said before the long calibration
 
-    folder = WorkFolder(out, _fingerprint(source, windows, config), resume)
-    tell(Planned(len(plan.work), len(mapped.layers), len(mapped.blocks), method.solver_name, reason))
-    seconds = _run(plan, source, windows, call, grams, folder, tell)
-    records = [folder.load(index) for index, _, _ in plan.work]
+    fingerprints = _fingerprint(source, windows, config)
+    folder = WorkFolder(out, fingerprints, resume)
+    facts = {key: fingerprints[key] for key in ("model", "calibration", "versions")} | _statistics(config)
+    measurements = Measurements(Path(cache) if cache else folder.folder / "measurements", facts)
+    job = Job(config, method, reason, source, mapped, groups, windows, call, measurements)
+    times: dict[str, float] = {}
+    with _timed(times, "calibration"):
+        _calibrate(job, tell)
+        if matching:
+            job = replace(job, groups=_matched(job))
+            check_order(config, job.groups)
+    with _timed(times, "planning"):
+        plan = _assign(job, tell)
+    factors = sum(unit.choice.kind == "factors" for unit in plan.units)
+    tell(Planned(len(mapped.layers), len(plan.units), factors, len(plan.dense), method.solver_name, reason))
+    with _timed(times, "solving"):
+        seconds = solve(job, plan.units, folder, tell)
+    records = [folder.load(index) for index in range(len(plan.units))]
     finished = [record for record in records if record is not None]
     if len(finished) < len(records):
         raise CheckpointError(f"a record has vanished from {folder.folder} or cannot be read back: run with --resume")
-    report = _report(plan, source, windows, [record.row for record in finished])
+    report = _report(job, plan, [record.row for record in finished])
     used = [name for name in experts if any(layer.name.startswith(f"{name}.") for layer in mapped.layers)]
     other_bytes = write_checkpoint(out, source, finished, used, config.backend)
     kept_bytes = sum(2 * layer["in_features"] * layer["out_features"] for layer in report["kept_dense"])
@@ -131,6 +146,7 @@ def compress(
         "seconds": time.time() - begin,
         "machine": machine(),
         "versions": versions(),
+        "stages": times,
         "groups": seconds,
     }
     write_durably(out / "run.json", json.dumps(run, indent=1).encode())
@@ -164,16 +180,10 @@ def collect_grams(model: Any, windows: Tensor, batch_size: int = 8, device: str 
     split_experts(source.model)
     call = forward_call(source.model, place)
     mapped = map_model(source.model, lambda: call(windows[:1, : min(8, windows.shape[1])]))
-    modules = dict(source.model.named_modules())
-    layers = {layer.source: layer for layer in mapped.layers}
-    watched = {name: modules[name] for name in layers}
-    with (
-        GramCollector(watched, {name: la.in_features for name, la in layers.items()}) as collector,
-        Lockstep([modules[name] for name in mapped.blocks], call, windows.split(batch_size)) as walk,
-    ):
-        for _ in mapped.blocks:
-            walk.advance()
-    return collector.statistics
+    found: dict[str, Gram] = {}
+    for grams in _grams(source.model, mapped, windows, call, batch_size):
+        found.update(grams)
+    return found
 
 
 def choose_method(config: CompressionConfig) -> tuple[Method, str]:
@@ -195,115 +205,132 @@ def choose_method(config: CompressionConfig) -> tuple[Method, str]:
     if not solver.sparse and format_name != "dense":
         raise UsageError(f"solver {name!r} has dense coefficients: format {format_name!r} does not fit, use dense")
     FORMATS.get(format_name)
-    return Method(name, solver, format_name, config.value_dtype, config.damping, config.seed), reason
+    return Method(name, solver, format_name, config.seed), reason
 
 
-def _plan(config: CompressionConfig, method: Method, reason: str, mapped: ModelMap) -> Plan:
-    groups = form_groups(mapped.layers, config.groups)
-    codec = FORMATS.create(method.format)
-    budget = Budget(config.ratio, config.rho, codec, config.value_dtype, config.convention, method.solver.sparse)
-    sizes = Uniform(budget).allocate([GroupShape(g.in_features, g.out_features) for g in groups])
-    plan = Plan(config, method, reason, mapped, tuple(groups), tuple(sizes))
-    if not plan.work:
-        raise UsageError(f"at ratio {config.ratio} no layer is large enough to save anything: choose another ratio")
-    return plan
+def _statistics(config: CompressionConfig) -> dict[str, Any]:
+    """Give what is to be collected, as facts that name a cache."""
+    sensitive = config.column_weights or config.token_weights or _cost_is_sensitivity(config)
+    return {
+        "sensitivities": sensitive,
+        "token_weights": config.token_weights,
+        "labels": config.calibration.labels if sensitive else None,
+        "seed": config.seed if sensitive else None,
+    }
 
 
-def _run(
-    plan: Plan,
-    source: OpenModel,
-    windows: Tensor,
-    call: Callable[[Any], Any],
-    grams: Mapping[str, Gram] | None,
-    folder: WorkFolder,
-    tell: Listener,
-) -> dict[str, float]:
-    """Calibrate and solve block by block whatever has no record yet; give the seconds that each group took."""
-    total, done = len(plan.work), 0
-    seconds: dict[str, float] = {}
-    pending = []
-    for index, group, size in plan.work:
-        record = folder.load(index)
-        if record is None:
-            pending.append((index, group, size))
-        else:
-            done += 1
-            tell(GroupFinished(record.row, done, total, 0.0, resumed=True))
-    if not pending:
-        return seconds
-    modules = dict(source.model.named_modules())
-    held: dict[str, Gram] = {}
-    for block, fresh in _blocks(plan, pending, modules, windows, call, grams):
-        held.update(fresh)
-        tell(BlockCalibrated(block, len(plan.map.blocks)))
-        for index, group, size in [p for p in pending if p[1].last_block == block]:
-            start = time.perf_counter()
-            weights = [weight_matrix(modules[la.name]) for la in group.layers]
-            biases = {la.name: modules[la.name].get_parameter("bias") for la in group.layers if la.bias}
-            record = factorize_group(group, size, weights, biases, held, plan.method)
-            folder.store(index, record)
-            done += 1
-            seconds[group.name] = time.perf_counter() - start
-            tell(GroupFinished(record.row, done, total, seconds[group.name], resumed=False))
-        later = {la.source for _, g, _ in pending if g.last_block > block for la in g.layers}
-        held = {name: gram for name, gram in held.items() if name in later}
-    return seconds
+def _cost_is_sensitivity(config: CompressionConfig) -> bool:
+    return config.allocation != "uniform" and config.cost == "sensitivity"
 
 
-def _blocks(
-    plan: Plan,
-    pending: Sequence[tuple[int, Group, Size]],
-    modules: Mapping[str, nn.Module],
-    windows: Tensor,
-    call: Callable[[Any], Any],
-    grams: Mapping[str, Gram] | None,
-) -> Iterator[tuple[int, dict[str, Gram]]]:
-    """Give each block's index and the Grams of its inputs that pending groups want, up to the last such block."""
-    n_blocks = 1 + max(group.last_block for _, group, _ in pending)
-    wanted: list[dict[str, Layer]] = [{} for _ in range(n_blocks)]
-    for layer in [la for _, group, _ in pending for la in group.layers]:
-        wanted[layer.block][layer.source] = layer
-    if grams is not None:
-        missing = [name for layers in wanted for name in layers if name not in grams]
-        if missing:
-            raise UsageError(f"the Grams given lack {missing[0]} and {len(missing) - 1} more: collect them again")
-        for block, layers in enumerate(wanted):
-            yield block, {name: grams[name] for name in layers}
+def _calibrate(job: Job, tell: Listener) -> None:
+    """Collect the statistics of every input that is not measured yet."""
+    sources = {layer.source for layer in job.map.layers}
+    if all(source in job.measurements for source in sources):
         return
-    batches = windows.split(plan.config.calibration.batch_size)
-    with Lockstep([modules[name] for name in plan.map.blocks], call, batches) as walk:
-        for block, layers in enumerate(wanted):
+    wanted, batch = _statistics(job.config), job.config.calibration.batch_size
+    if wanted["sensitivities"]:
+        found = collect_statistics(
+            job.source.model,
+            job.map,
+            job.call,
+            job.windows,
+            batch_size=batch,
+            labels=wanted["labels"],
+            seed=job.config.seed,
+            weighted=wanted["token_weights"],
+            progress=lambda done, total: tell(Calibrated(done, total, "windows")),
+        )
+        for statistics in found.values():
+            job.measurements.store(statistics)
+        return
+    for block, grams in enumerate(_grams(job.source.model, job.map, job.windows, job.call, batch)):
+        for source, gram in grams.items():
+            widths = {layer.name: layer.out_features for layer in job.map.layers if layer.source == source}
+            statistics = SourceStatistics(source, gram.matrix.shape[0], widths)
+            statistics.gram, statistics.n_tokens = gram, job.windows.numel()
+            job.measurements.store(statistics)
+        tell(Calibrated(block + 1, len(job.map.blocks), "blocks"))
+
+
+def _matched(job: Job) -> tuple[Group, ...]:
+    """Join the groups to pairs that lose least by sharing a dictionary."""
+    modules = dict(job.source.model.named_modules())
+    weights = {layer.name: weight_matrix(modules[layer.name]) for layer in job.map.layers}
+    grams, sensitivities = {}, {}
+    for layer in job.map.layers:
+        statistics = job.measurements[layer.source]
+        assert statistics.gram is not None
+        grams[layer.source] = statistics.gram
+        sensitivities[layer.name] = statistics.squares(layer.name)
+    weighted = _statistics(job.config)["sensitivities"]
+    distances = pair_distances(
+        job.groups, weights, grams, sensitivities if weighted else None, damping=job.config.damping
+    )
+    return tuple(match_groups(job.groups, distances))
+
+
+def _grams(
+    model: nn.Module, mapped: ModelMap, windows: Tensor, call: Callable[[Any], Any], batch_size: int
+) -> Iterator[dict[str, Gram]]:
+    """Give the Grams of each block's inputs, block by block."""
+    modules = dict(model.named_modules())
+    with Lockstep([modules[name] for name in mapped.blocks], call, windows.split(batch_size)) as walk:
+        for block in range(len(mapped.blocks)):
+            layers = {layer.source: layer for layer in mapped.layers if layer.block == block}
             watched = {name: modules[name] for name in layers}
             with GramCollector(watched, {name: la.in_features for name, la in layers.items()}) as collector:
                 walk.advance()
-            yield block, collector.statistics
+            yield collector.statistics
 
 
-def _report(plan: Plan, source: OpenModel, windows: Tensor, rows: list[dict[str, Any]]) -> Report:
+def _assign(job: Job, tell: Listener) -> Assignment:
+    """Decide how each group is stored."""
+    config, method = job.config, job.method
+    if config.allocation == "uniform":
+        return uniform_assignment(config, method, job.groups)
+    families = families_of(config, method)
+
+    def make(group: Group) -> Objective:
+        return job.objective(group, _cost_is_sensitivity(config))
+
+    def progress(done: int, total: int) -> None:
+        tell(Profiled(done, total))
+
+    profiles = profile_groups(config, families, job.groups, make, job.measurements, progress)
+    corrections = measure_corrections(config, method, families, job.groups, profiles, make, job.measurements)
+    return allocate(config, method, families, job.groups, profiles, corrections)
+
+
+def _report(job: Job, plan: Assignment, rows: list[dict[str, Any]]) -> Report:
+    config = job.config
     kept = [
         {
             "name": layer.name,
-            "reason": "a factorisation would save nothing at this ratio",
+            "reason": "a factorisation would save nothing at this ratio"
+            if config.allocation == "uniform"
+            else "the bytes are spent better elsewhere",
             "in_features": layer.in_features,
             "out_features": layer.out_features,
         }
-        for group, size in zip(plan.groups, plan.sizes, strict=True)
-        if size is None
+        for group in plan.dense
         for layer in group.layers
     ]
     return {
         "cospadi": versions()["cospadi"],
-        "model": source.name,
-        "causal": source.model.can_generate(),
-        "config": plan.config.to_dict(),
+        "model": job.source.name,
+        "causal": job.source.model.can_generate(),
+        "config": config.to_dict(),
         "calibration": {
-            "source": plan.config.calibration.text or "the public-domain text of the package",
-            "fingerprint": fingerprint(windows),
-            "windows": windows.shape[0],
-            "seq_len": windows.shape[1],
+            "source": config.calibration.text or "the public-domain text of the package",
+            "fingerprint": fingerprint(job.windows),
+            "windows": job.windows.shape[0],
+            "seq_len": job.windows.shape[1],
+            "loss": next((job.measurements[layer.source].note for layer in job.map.layers), ""),
         },
-        "solver": {"name": plan.method.solver_name, "reason": plan.reason},
-        "format": plan.method.format,
+        "solver": {"name": job.method.solver_name, "reason": job.reason},
+        "format": job.method.format,
+        "allocation": plan.account,
         "groups": rows,
         "kept_dense": kept,
         "totals": {},
@@ -341,6 +368,13 @@ def _check_windows(source: OpenModel, windows: Tensor) -> None:
         raise UsageError(f"seq_len {windows.shape[1]} exceeds the model's {longest} positions: choose a smaller one")
 
 
+@contextmanager
+def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    times[stage] = time.perf_counter() - begin
+
+
 def _fingerprint(source: OpenModel, windows: Tensor, config: CompressionConfig) -> dict[str, str]:
     """Name everything that the result depends on."""
     digest = hashlib.sha256()
@@ -357,12 +391,6 @@ def _fingerprint(source: OpenModel, windows: Tensor, config: CompressionConfig) 
 
 
 __all__ = [
-    "BlockCalibrated",
-    "Event",
-    "GroupFinished",
-    "Listener",
-    "Planned",
-    "Written",
     "choose_method",
     "collect_grams",
     "compress",

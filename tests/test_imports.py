@@ -13,11 +13,13 @@ ROOT = Path(cospadi.__file__).parent
 
 LEVELS = [
     ["errors", "registry", "arrays"],
-    ["factorization", "config", "layers", "groups", "events"],
+    ["factorization", "config", "choices", "layers", "groups", "events"],
     ["calibration", "whitening", "solvers", "formats", "models", "embedded"],
-    ["allocation", "backends", "work", "model_card"],
-    ["modules", "sharing", "experts", "report", "factorize"],
-    ["integrations", "loading", "export"],
+    ["allocation", "backends", "grouping", "rounding", "work", "model_card"],
+    ["modules", "experts", "report", "objective", "measurements"],
+    ["integrations", "loading", "export", "profile", "factorize"],
+    ["planning"],
+    ["solving"],
     ["pipeline", "evaluation"],
 ]
 MAY_IMPORT_TRANSFORMERS = {

@@ -16,8 +16,8 @@ REPORT = {
     "calibration": {"source": "text.txt", "fingerprint": "ab" * 32, "windows": 4, "seq_len": 32},
     "solver": {"name": "htp", "reason": "named in the recipe"},
     "groups": [
-        {"members": [{"name": "a", "relative_error": 0.1}, {"name": "b", "relative_error": 0.4}]},
-        {"members": [{"name": "c", "relative_error": 0.2}]},
+        {"kind": "factors", "members": [{"name": "a", "relative_error": 0.1}, {"name": "b", "relative_error": 0.4}]},
+        {"kind": "quantized", "members": [{"name": "c", "relative_error": 0.2}]},
     ],
     "kept_dense": [],
     "totals": {

@@ -27,6 +27,7 @@ class Run:
     eval_tokens: int
     as_json: bool
     quiet: bool
+    cache: Path | None
     typed: str
     """The command line, to be repeated with --resume."""
 
@@ -37,6 +38,11 @@ def output_options(command: Any) -> Any:
         click.option("--quiet", is_flag=True, help="No progress and no tables."),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output."),
         click.option("--resume", is_flag=True, help="Continue the interrupted run that OUT holds, if there is one."),
+        click.option(
+            "--cache",
+            type=Path,
+            help="Folder that keeps calibration and profile: another ratio of the model then costs only the solving.",
+        ),
     ):
         command = option(command)
     return command
@@ -61,6 +67,7 @@ def compress(
     model: str | None,
     out: Path | None,
     resume: bool,
+    cache: Path | None,
     eval_text: str | None,
     eval_tokens: int,
     as_json: bool,
@@ -75,7 +82,7 @@ def compress(
     config = recipe_from(values)
     name = Path(model).resolve().name if model else "SmolLM2-135M-Instruct"
     out = out or Path(f"cospadi-{name}-{config.ratio:g}")
-    execute(Run(config, model, out, resume, eval_text, eval_tokens, as_json, quiet, typed))
+    execute(Run(config, model, out, resume, eval_text, eval_tokens, as_json, quiet, cache, typed))
 
 
 def execute(run: Run) -> None:
@@ -106,14 +113,14 @@ def execute(run: Run) -> None:
     protocol = measuring.protocol(model, name, text, run.eval_tokens, window, PROMPT) if run.eval_tokens else None
     try:
         with render.progress(run.quiet) as listener:
-            report = compress_model(model, run.out, run.config, resume=run.resume, on_event=listener)
+            report = compress_model(model, run.out, run.config, cache=run.cache, resume=run.resume, on_event=listener)
         if protocol is not None:
             report["evaluation"] = measuring.compare_folders(model, run.out, protocol, run.config, run.quiet)
             write_report(run.out, report)
     except KeyboardInterrupt:
         if (run.out / WORK).is_dir():
             again = run.typed if run.resume else f"{run.typed} --resume"
-            click.echo(f"\nFinished groups are kept. To go on: {again}", err=True)
+            click.echo(f"\nWhat is finished is kept. To go on: {again}", err=True)
         raise
     if run.as_json:
         render.print_json(report)

@@ -61,8 +61,16 @@ def _from_config(settings: Any) -> dict[str, Any]:
             for member in group.members
         ]
         outputs = sum(member.out_features for member in group.members)
-        row = {"name": group.name, "members": members, "in_features": group.in_features, "n_atoms": group.n_atoms}
-        row["n_nonzero"] = round(sum(member.n_stored for member in group.members) / outputs)
+        row = {"name": group.name, "members": members, "in_features": group.in_features}
+        columns = group.in_features if group.side == "output" else outputs
+        n_nonzero = round(sum(member.n_stored for member in group.members) / columns)
+        plain = group.format == "identity"
+        row |= {"n_atoms": None if plain else group.n_atoms, "n_nonzero": None if plain else n_nonzero}
+        kind = (
+            "quantized" if group.format == "identity" else "sparse" if group.dictionary_dtype == "none" else "factors"
+        )
+        row |= {"kind": kind, "side": group.side}
+        row |= {"value_dtype": group.value_dtype, "dictionary_dtype": group.dictionary_dtype}
         row |= {"relative_error": None, "bytes": sum(tensors.values()), "dense_bytes": 2 * group.in_features * outputs}
         rows.append(row)
     totals = {"n_layers": sum(len(row["members"]) for row in rows), "n_groups": len(rows)}

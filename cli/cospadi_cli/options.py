@@ -13,9 +13,21 @@ from cospadi.config import CompressionConfig, read_recipe
 from cospadi.errors import UsageError
 from cospadi.registry import Registry
 
-_FLAGS = {"text": "calibration", "solver_options": "solver-option"}
+_FLAGS = {
+    "text": "calibration",
+    "solver_options": "solver-option",
+    "limits": "limit",
+    "weight_dtypes": "weight-dtype",
+}
 """Fields whose flag has another name than the field."""
-_METAVARS = {"text": "FILE|hf:NAME", "solver_options": "KEY=VALUE", "include": "PATTERN", "exclude": "PATTERN"}
+_METAVARS = {
+    "limits": "PATTERN=LOW:HIGH",
+    "weight_dtypes": "DTYPE",
+    "text": "FILE|hf:NAME",
+    "solver_options": "KEY=VALUE",
+    "include": "PATTERN",
+    "exclude": "PATTERN",
+}
 _REGISTRIES = {"solver", "format", "backend"}
 """Fields that name a member of the registry ``cospadi.<field>s``."""
 
@@ -86,12 +98,21 @@ def _option(path: Path, model: type[BaseModel], field: FieldInfo) -> Callable[[C
     default = field.get_default(call_default_factory=True)
     if many:
         help_text += " May be repeated."
-    if default not in (None, {}, ()):
+    if kind is bool:
+        help_text += f"  [default: {'on' if default else 'off'}]"
+    elif default not in (None, {}, ()):
         help_text += f"  [default: {' '.join(default) if isinstance(default, tuple) else default}]"
+    flag = _FLAGS.get(name, name).replace("_", "-")
     return click.option(
-        f"--{_FLAGS.get(name, name).replace('_', '-')}",
+        f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
         "_".join(path),
-        type=click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind if kind in (int, float) else str,
+        type=bool
+        if kind is bool
+        else click.Choice(get_args(kind))
+        if get_origin(kind) is Literal
+        else kind
+        if kind in (int, float)
+        else str,
         multiple=many,
         metavar=_METAVARS.get(name),
         default=None,  # what was not given must not override the recipe file

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from cospadi.events import BlockCalibrated, Event, GroupFinished, Listener, Planned
+from cospadi.events import Calibrated, Event, GroupFinished, Listener, Planned, Profiled
 
 _WIDTH = 120
 """Columns when the output is no terminal, where rich would assume 80."""
@@ -80,11 +80,13 @@ def progress(quiet: bool) -> Iterator[Listener]:
         with Live(Group(bar), console=screen, refresh_per_second=4) as live:
 
             def listener(event: Event) -> None:
-                if isinstance(event, Planned):
-                    bar.update(task, total=event.n_groups, description=f"calibrating block 1 of {event.n_blocks}")
+                if isinstance(event, Calibrated):
+                    bar.update(task, total=event.total, completed=event.done, description=f"calibrating {event.of}")
+                elif isinstance(event, Profiled):
+                    bar.update(task, total=event.total, completed=event.done, description="profiling groups")
+                elif isinstance(event, Planned):
+                    bar.reset(task, total=event.n_units, description="solving")
                     screen.print(Text(describe_event(event)))
-                elif isinstance(event, BlockCalibrated):
-                    bar.update(task, description=f"block {event.block + 1} of {event.n_blocks}")
                 elif isinstance(event, GroupFinished):
                     bar.update(task, completed=event.done)
                     last.append(Text(describe_event(event), style="dim"))
@@ -96,17 +98,21 @@ def progress(quiet: bool) -> Iterator[Listener]:
 def describe_event(event: Event) -> str:
     """Phrase one event of the pipeline on one line."""
     if isinstance(event, Planned):
+        solver = f"; solver {event.solver} ({event.reason})" if event.n_factors else ""
         return (
-            f"{event.n_layers} layers in {event.n_groups} groups and {event.n_blocks} blocks; "
-            f"solver {event.solver} ({event.reason})"
+            f"{event.n_layers} layers: {event.n_factors} groups as factors, {event.n_units - event.n_factors} groups "
+            f"sparse or quantised, {event.n_dense} layers kept dense{solver}"
         )
-    if isinstance(event, BlockCalibrated):
-        return f"block {event.block + 1}/{event.n_blocks} calibrated"
+    if isinstance(event, Calibrated):
+        return f"calibrated: {event.done} of {event.total} {event.of}"
+    if isinstance(event, Profiled):
+        return f"profiled: {event.done} of {event.total} groups"
     if isinstance(event, GroupFinished):
         row, how = event.row, "taken over" if event.resumed else f"{event.seconds:.1f} s"
         shared = f" (+{len(row['members']) - 1})" if len(row["members"]) > 1 else ""
         return (
-            f"[{event.done}/{event.total}] {row['name']}{shared}: {row['solver']}, error {row['relative_error']:.4f}, "
+            f"[{event.done}/{event.total}] {row['name']}{shared}: {row['solver']} {row['value_dtype']}, "
+            f"error {row['relative_error']:.4f}, "
             f"{size(row['bytes'])} of {size(row['dense_bytes'])}, {how}"
         )
     return f"written to {event.path}"
@@ -137,11 +143,8 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     screen.print("The paper's count (arXiv 2509.22075) leaves the mask out.", style="dim")
     if evaluation is not None:
         _show_protocol(screen, evaluation)
+    _show_storage(screen, report)
     _show_worst(screen, report["groups"])
-    for layer in report["kept_dense"][:5]:
-        screen.print(f"kept dense: {layer['name']} ({layer['reason']})", markup=False)
-    if len(report["kept_dense"]) > 5:
-        screen.print(f"... and {len(report['kept_dense']) - 5} more layers kept dense")
     if evaluation is None:
         screen.print("Not evaluated: switched off, or not a causal language model.")
     else:
@@ -164,11 +167,12 @@ def show_measurements(path: str, evaluation: dict[str, Any]) -> None:
 def show_inspection(path: str, inspection: dict[str, Any]) -> None:
     """Show the groups of a checkpoint."""
     screen, rows, totals = console(), inspection["groups"], inspection["totals"]
-    names = ("layer", "in", "out", "atoms", "non-zero", "error", "bytes", "removed")
+    names = ("layer", "in", "out", "stored as", "atoms", "non-zero", "error", "bytes", "removed")
     table = _table(*names)
     for row in rows:
         removed = f"{1 - row['bytes'] / row['dense_bytes']:.1%}"
-        shape = (str(row["in_features"]), "", str(row["n_atoms"]), str(row["n_nonzero"]))
+        sizes = ["-" if row[key] is None else str(row[key]) for key in ("n_atoms", "n_nonzero")]
+        shape = (str(row["in_features"]), "", stored_as(row), *sizes)
         if len(row["members"]) == 1:
             shape = (shape[0], str(row["members"][0]["out_features"]), *shape[2:])
         table.add_row(row["name"], *shape, _error(row["relative_error"]), size(row["bytes"]), removed)
@@ -176,6 +180,7 @@ def show_inspection(path: str, inspection: dict[str, Any]) -> None:
             cells = (
                 "",
                 str(member["out_features"]),
+                "",
                 "",
                 "",
                 _error(member["relative_error"]),
@@ -233,6 +238,34 @@ def _add_measurements(table: Table, evaluation: dict[str, Any]) -> None:
         add("multiple choice, accuracy", "choices", "accuracy", ".1%", "")
         add("  normalised by length", "choices", "accuracy_normalized", ".1%", "")
         add("  by guessing", "choices", "chance", ".1%", "")
+
+
+def stored_as(row: dict[str, Any]) -> str:
+    """Say in a few words how a group is stored."""
+    if row["kind"] == "quantized":
+        return str(row["dictionary_dtype"])
+    if row["kind"] == "sparse":
+        return f"sparse {row['value_dtype']}"
+    return f"factors {row['value_dtype']}{' of W^T' if row['side'] == 'output' else ''}"
+
+
+def _show_storage(screen: Console, report: dict[str, Any]) -> None:
+    """Show how the layers of each kind are stored, and what the allocation says of itself."""
+    table = _table("stored as", "layers", "bytes", "of dense")
+    rows: dict[str, list[float]] = {}
+    for row in report["groups"]:
+        sums = rows.setdefault(stored_as(row), [0, 0, 0])
+        for place, value in enumerate((len(row["members"]), row["bytes"], row["dense_bytes"])):
+            sums[place] += value
+    dense = [2 * layer["in_features"] * layer["out_features"] for layer in report["kept_dense"]]
+    if dense:
+        rows["dense, as before"] = [len(dense), sum(dense), sum(dense)]
+    for label, (count, after, before) in sorted(rows.items()):
+        table.add_row(label, str(count), size(after), f"{after / before:.1%}")
+    _print(screen, "\nHow the layers are stored", table)
+    allocation = report["allocation"]
+    if allocation.get("note"):
+        screen.print(f"Allocation: {allocation['note']}", markup=False)
 
 
 def _show_worst(screen: Console, rows: list[dict[str, Any]], count: int = 5) -> None:

@@ -10,15 +10,17 @@ from torch import nn
 import cospadi
 from cospadi.config import CalibrationConfig, CompressionConfig
 from cospadi.errors import NumericalError, UsageError
-from cospadi.events import GroupFinished
+from cospadi.events import Calibrated, GroupFinished
 from cospadi.experts import split_experts
 from cospadi.layers import weight_matrix
-from cospadi.pipeline import collect_grams, compress
+from cospadi.pipeline import compress
 from tests.helpers import ARCHITECTURES, outputs, tiny_model, token_windows
 
 
 def recipe(**more):
+    """The plain way: the same ratio for every group by formula, nothing measured but the Grams."""
     more = {"solver": "htp", "solver_options": {"n_iter": 3}, "ratio": 0.3} | more
+    more = {"allocation": "uniform", "column_weights": False} | more
     return CompressionConfig(calibration=CalibrationConfig(batch_size=2), **more)
 
 
@@ -98,20 +100,22 @@ def test_honest_bytes_are_those_on_disk(tmp_path):
 @pytest.mark.parametrize("solver", ["svd", "orthogonal", "single-step", "ksvd-torch", "ksvd-numpy", "mod"])
 def test_solvers_swap_in_one_word(solver, tmp_path):
     report = compress(
-        tiny_model("llama"), tmp_path / "out", CompressionConfig(solver=solver, ratio=0.4), windows=token_windows()
+        tiny_model("llama"), tmp_path / "out", recipe(solver=solver, solver_options={}, ratio=0.4), windows=token_windows()
     )
     assert report["solver"]["name"] == solver
     assert 0 < report["totals"]["mean_relative_error"] < 1
     cospadi.load(tmp_path / "out")
 
 
-def test_the_same_run_gives_the_same_bytes_and_grams_can_be_reused(tmp_path):
-    model, windows = tiny_model("llama"), token_windows()
-    compress(model, tmp_path / "a", recipe(), windows=windows)
-    compress(model, tmp_path / "b", recipe(), windows=windows)
-    grams = collect_grams(model, windows, batch_size=2)
-    compress(model, tmp_path / "c", recipe(), windows=windows, grams=grams)
+@pytest.mark.parametrize("options", [{}, {"allocation": "knapsack", "column_weights": True}], ids=["uniform", "knapsack"])
+def test_the_same_run_gives_the_same_bytes_and_measurements_can_be_reused(options, tmp_path):
+    model, windows, config = tiny_model("llama"), token_windows(), recipe(**options)
+    compress(model, tmp_path / "a", config, windows=windows)
+    compress(model, tmp_path / "b", config, windows=windows, cache=tmp_path / "cache")
+    events = []
+    compress(model, tmp_path / "c", config, windows=windows, cache=tmp_path / "cache", on_event=events.append)
     assert digests(tmp_path / "a") == digests(tmp_path / "b") == digests(tmp_path / "c")
+    assert not any(isinstance(event, Calibrated) for event in events)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 8])

@@ -11,7 +11,7 @@ PRINT = {"model": "a", "recipe": "b"}
 
 
 def record(value=1.0):
-    spec = GroupSpec(2, 1, (MemberSpec("x", 3, 3),), "dense", "float32", "float32", True)
+    spec = GroupSpec(2, 1, (MemberSpec("x", 3, 3),), "dense", "float32", "float32", True, "input")
     return GroupRecord(spec, {"x.values": torch.full((3, 1), value), "x.dictionary": torch.ones(1, 2)}, {"bytes": 20})
 
 

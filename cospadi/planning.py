@@ -1,0 +1,308 @@
+"""From the recipe and what was measured to a plan: how each group of layers is stored."""
+
+import fnmatch
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cospadi.allocation.base import Allocation, Allocator, capacity_for
+from cospadi.allocation.budget import Budget, GroupShape
+from cospadi.allocation.equal_ratio import EqualRatio
+from cospadi.allocation.knapsack import Knapsack
+from cospadi.allocation.menu import Entry, Menu, restrict
+from cospadi.allocation.pooled import PooledSpectrum
+from cospadi.allocation.uniform import Uniform
+from cospadi.choices import DENSE, Choice, Factors, Quantized
+from cospadi.config import CompressionConfig, read_limit
+from cospadi.errors import UsageError
+from cospadi.factorize import Method, approximate, rounded
+from cospadi.formats.base import FORMATS
+from cospadi.formats.dictionary import dictionary_dtype_of
+from cospadi.formats.packing import pack_group, unpack_group
+from cospadi.formats.quantization import GRIDS, dequantize
+from cospadi.groups import Group
+from cospadi.measurements import Measurements
+from cospadi.objective import Objective
+from cospadi.profile import (
+    SPARSE,
+    Corrections,
+    Families,
+    GroupProfile,
+    Point,
+    interpolation_errors,
+    is_complete,
+    menu,
+    profile_group,
+)
+from cospadi.rounding.dense import quantize_dense
+from cospadi.solvers.htp import HTP
+
+STRATEGIES: dict[str, Callable[[], Allocator]] = {
+    "knapsack": Knapsack,
+    "pooled-spectrum": PooledSpectrum,
+    "equal-ratio": EqualRatio,
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work: a group of layers and how to store it.
+
+    Attributes
+    ----------
+    group : Group
+    choice : Factors or Quantized
+        Not dense.
+    predicted : float or None
+        The harm that the allocation reckoned with; None for formulas that reckon with none.
+    """
+
+    group: Group
+    choice: Choice
+    predicted: float | None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """How every group is stored.
+
+    Attributes
+    ----------
+    units : tuple of Unit
+        The groups that change; groups that are quantised come layer by layer.
+    dense : tuple of Group
+        The layers that stay as they are, each alone.
+    account : dict
+        For the report: strategy, predicted cost, proved gap, unused bytes, errors of the profile.
+    """
+
+    units: tuple[Unit, ...]
+    dense: tuple[Group, ...]
+    account: dict[str, Any]
+
+
+def uniform_assignment(config: CompressionConfig, method: Method, groups: Sequence[Group]) -> Assignment:
+    """Give every group the same ratio by formula.
+
+    Raises
+    ------
+    UsageError
+        No layer is large enough to save anything.
+    """
+    value_dtype = "bfloat16" if config.value_dtype == "auto" else config.value_dtype
+    codec = FORMATS.create(method.format)
+    rho = config.rho or 2.0
+    budget = Budget(config.ratio, rho, codec, value_dtype, config.convention, method.solver.sparse)
+    sizes = Uniform(budget).allocate([GroupShape(g.in_features, g.out_features) for g in groups])
+    units, dense = [], []
+    for group, size in zip(groups, sizes, strict=True):
+        if size is None:
+            dense += [Group((layer,)) for layer in group.layers]
+        else:
+            dtypes = (value_dtype, dictionary_dtype_of(value_dtype))
+            units.append(Unit(group, Factors(size.n_atoms, size.n_nonzero, "input", *dtypes), None))
+    if not units:
+        raise UsageError(f"at ratio {config.ratio} no layer is large enough to save anything: choose another ratio")
+    return Assignment(tuple(units), tuple(dense), {"strategy": "uniform"})
+
+
+def families_of(config: CompressionConfig, method: Method) -> Families:
+    """Give what the recipe lets the menus offer.
+
+    Raises
+    ------
+    UsageError
+        The recipe asks for what the solver cannot do.
+    """
+    able = type(method.solver).takes_column_metric
+    if config.side == "output" and not able:
+        raise UsageError(f"side 'output' needs a solver with a metric on both sides: htp, not {method.solver_name!r}")
+    sides = ("input", "output") if able else ("input",)
+    chosen = ("bfloat16", "int8") if config.value_dtype == "auto" else (config.value_dtype,)
+    return Families(
+        rhos=(2.0, 3.0) if config.rho is None else (config.rho,),
+        sides=sides if config.side == "auto" else (config.side,),  # type: ignore[arg-type]
+        dtypes=() if config.storage == "quantized" else tuple((dtype, dictionary_dtype_of(dtype)) for dtype in chosen),
+        quantized=() if config.storage == "factors" else config.weight_dtypes,
+        sparse=method.solver.sparse,
+        learned=config.dictionary != "identity",
+        identity=config.dictionary != "learned" and method.solver.sparse,
+    )
+
+
+def profile_groups(
+    config: CompressionConfig,
+    families: Families,
+    groups: Sequence[Group],
+    make: Callable[[Group], Objective],
+    measurements: Measurements,
+    progress: Callable[[int, int], None],
+) -> list[GroupProfile]:
+    """Profile all groups, as far as earlier runs with the same weighting have not."""
+    facts, spectrum = _weighting(config), config.allocation == "pooled-spectrum"
+    profiles = []
+    for index, group in enumerate(groups):
+        name = f"{group.name}-{len(group.layers)}"
+        text = measurements.text(name, facts)
+        profile = GroupProfile.from_json(text) if text is not None else None
+        if profile is None or not is_complete(profile, families, spectrum):
+            profile = profile_group(make(group), group.layers[0].kind, families, spectrum, profile)
+            measurements.keep_text(name, facts, profile.to_json())
+        profiles.append(profile)
+        progress(index + 1, len(groups))
+    return profiles
+
+
+def measure_corrections(
+    config: CompressionConfig,
+    method: Method,
+    families: Families,
+    groups: Sequence[Group],
+    profiles: Sequence[GroupProfile],
+    make: Callable[[Group], Objective],
+    measurements: Measurements,
+) -> Corrections:
+    """Solve the middle group of each kind at one size, and compare with what the profile says of it."""
+    facts = {"families": asdict(families), "solver": repr(method), **_weighting(config)}
+    text = measurements.text("corrections", facts)
+    if text is not None:
+        return Corrections(**json.loads(text))
+    by_kind: dict[str, list[int]] = {}
+    for index, profile in enumerate(profiles):
+        by_kind.setdefault(f"{profile.kind} {len(profile.out_features)}", []).append(index)
+    corrections = Corrections()
+    for indices in by_kind.values():
+        index = indices[len(indices) // 2]
+        _correct(corrections, profiles[index], groups[index], make(groups[index]), families, method)
+    measurements.keep_text("corrections", facts, json.dumps(asdict(corrections)))
+    return corrections
+
+
+def allocate(
+    config: CompressionConfig,
+    method: Method,
+    families: Families,
+    groups: Sequence[Group],
+    profiles: Sequence[GroupProfile],
+    corrections: Corrections,
+) -> Assignment:
+    """Choose how each group is stored, within the bytes that the recipe allows.
+
+    Raises
+    ------
+    UsageError
+        The bytes or the limits cannot be met.
+    """
+    menus = [
+        _costed(_limited(menu(p, families, method.format, corrections, config.convention), g, config.limits), p, config)
+        for p, g in zip(profiles, groups, strict=True)
+    ]
+    found: Allocation = STRATEGIES[config.allocation]().allocate(menus, capacity_for(menus, config.ratio))
+    units: list[Unit] = []
+    dense: list[Group] = []
+    for group, profile, entry in zip(groups, profiles, found.entries, strict=True):
+        choice: Choice = entry.choice
+        if isinstance(choice, Factors):
+            units.append(Unit(group, choice, entry.cost * _per_cost(profile, config)))
+            continue
+        for layer, dtype in zip(group.layers, choice.dtypes, strict=True):
+            alone = Group((layer,))
+            if dtype == DENSE:
+                dense.append(alone)
+            else:
+                units.append(Unit(alone, Quantized((dtype,)), None))
+    if not units:
+        raise UsageError(f"at ratio {config.ratio} nothing would change: choose a larger ratio")
+    return Assignment(tuple(units), tuple(dense), _account(config, found, profiles, families))
+
+
+def _costed(menu: Menu, profile: GroupProfile, config: CompressionConfig) -> Menu:
+    per_cost = _per_cost(profile, config)
+    entries = tuple(Entry(e.bits, e.cost / per_cost, e.choice) for e in menu.entries)
+    return replace(menu, entries=entries)
+
+
+def _per_cost(profile: GroupProfile, config: CompressionConfig) -> float:
+    """Give the harm that one unit of the recipe's cost stands for."""
+    return max(profile.energy, 1e-300) if config.cost == "relative-error" else 1.0
+
+
+def _limited(menu: Menu, group: Group, limits: Sequence[str]) -> Menu:
+    low, high = 0.0, 1.0
+    for text in limits:
+        pattern, least, most = read_limit(text)
+        if fnmatch.fnmatchcase(group.name, pattern):
+            low, high = least, most
+    return menu if (low, high) == (0.0, 1.0) else restrict(menu, low, high)
+
+
+def _account(
+    config: CompressionConfig, found: Allocation, profiles: Sequence[GroupProfile], families: Families
+) -> dict[str, Any]:
+    errors = [interpolation_errors(profile, families) for profile in profiles]
+    spread = np.abs(np.concatenate(errors)) if errors else np.zeros(0)
+    finite = spread[np.isfinite(spread)]
+    return {
+        "strategy": config.allocation,
+        "cost": config.cost,
+        "predicted_cost": found.cost,
+        "gap": found.gap,
+        "unused": found.unused,
+        "note": found.note,
+        "profile_interpolation_error": float(np.median(finite)) if finite.size else None,
+    }
+
+
+def _weighting(config: CompressionConfig) -> dict[str, Any]:
+    """Give what decides how errors are weighted."""
+    keys = ("cost", "token_weights", "damping", "groups", "include", "exclude")
+    return {key: getattr(config, key) for key in keys}
+
+
+def _correct(
+    corrections: Corrections,
+    profile: GroupProfile,
+    group: Group,
+    objective: Objective,
+    families: Families,
+    method: Method,
+) -> None:
+    # Other learners take minutes for what HTP does in a second, and end within a few per cent of it.
+    quick = method if isinstance(method.solver, HTP) or not method.solver.sparse else replace(method, solver=HTP())
+    for name, side in families.curves(len(profile.out_features)).items():
+        points = profile.points[name]
+        if side == SPARSE:
+            point = points[len(points) // 2]
+            choice = Factors(point.n_atoms, point.n_nonzero, dictionary_dtype="none")
+        else:
+            point = _middle(points, families)
+            choice = Factors(point.n_atoms, point.n_nonzero, side)  # type: ignore[arg-type]
+        found = approximate(choice, objective, group, quick)
+        exact = objective.harm(found.factorization.joined())
+        if point.harm > 0:
+            corrections.solved[f"{profile.kind} {side}"] = exact / point.harm
+        for value_dtype, learned_dtype in families.dtypes:
+            dictionary_dtype = "none" if side == SPARSE else learned_dtype
+            stored = replace(choice, value_dtype=value_dtype, dictionary_dtype=dictionary_dtype)
+            packed = rounded(stored, found, objective).factorization
+            spec, tensors = pack_group(packed, method.format, value_dtype, {}, group.shared_input, dictionary_dtype)
+            added = objective.harm(unpack_group(spec, tensors).joined()) - exact
+            key = f"{profile.kind} {side} {value_dtype}"
+            corrections.rounded[key] = max(added, 0.0) / profile.energy if profile.energy > 0 else 0.0
+    for dtype in families.quantized:
+        nearest = math.fsum(profile.quantized[dtype])
+        rows = quantize_dense(objective.weight.T, objective.metric, dtype)
+        if nearest > 0:
+            weight = dequantize(rows.values, rows.scales, GRIDS[dtype]).T
+            corrections.quantized[f"{profile.kind} {dtype}"] = objective.harm(weight) / nearest
+
+
+def _middle(points: Sequence[Point], families: Families) -> Point:
+    """Give a point of medium size and medium rho."""
+    rho = families.rhos[len(families.rhos) // 2] if families.sparse else 1.0
+    largest = max(p.n_atoms for p in points)
+    return min(points, key=lambda p: (abs(p.n_atoms / largest - 0.55), abs(p.n_atoms / p.n_nonzero - rho)))

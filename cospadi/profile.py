@@ -1,0 +1,444 @@
+"""What each way of storing a group would cost, estimated cheaply: the menus that the budget is spread over.
+
+A profile holds, for a coarse grid of sizes, the predicted harm (see ``objective.py``) of factors found without
+iterations, and that of rounding the weights themselves.  It does not depend on the ratio asked for, so one profile
+serves any number of budgets.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cospadi.allocation.curves import ErrorCurve
+from cospadi.allocation.menu import Entry, Menu
+from cospadi.arrays import convert
+from cospadi.choices import DENSE, Choice, Factors, Quantized, kept_dense, sides
+from cospadi.errors import CheckpointError
+from cospadi.formats.base import FORMATS, Format
+from cospadi.formats.dictionary import dictionary_bits
+from cospadi.formats.packing import group_bits
+from cospadi.formats.quantization import dequantize, grid_of, quantize
+from cospadi.objective import Objective
+from cospadi.solvers.metric_pursuit import pursue_in_metric
+from cospadi.solvers.sparse_weight import sparse_weight
+from cospadi.solvers.updates import hard_threshold, leading_left_singular_vectors, least_squares_dictionary
+
+Side = Literal["input", "output"]
+SPARSE = "sparse"
+"""Stands in place of a side for weights that are sparse themselves, with no dictionary."""
+
+_SHARES = (1.0, 0.75, 0.5, 0.3, 0.15)
+"""Atoms of the profile's points, as parts of a complete dictionary."""
+_OUTPUT_SHARES = (1.0, 0.6, 0.3)
+"""The same with the dictionary on the side of the outputs, where a point takes longer: for the middle rho alone."""
+_DENSITIES = (0.95, 0.8, 0.6, 0.4, 0.2, 0.08)
+"""Non-zeros of sparse weights, as parts of all."""
+_DENSER = (0.5, 0.75, 0.92)
+"""Non-zeros per atom of further points with a complete dictionary."""
+_STEPS = 48
+"""Entries of a menu along one curve."""
+
+
+@dataclass(frozen=True)
+class Families:
+    """What the menus offer beside the dense layers.
+
+    Attributes
+    ----------
+    rhos : tuple of float
+        Atoms per non-zero of a column.
+    sides : tuple of str
+        Sides that the dictionary may be on; ``output`` for groups of one layer only.
+    dtypes : tuple of (str, str)
+        Value dtype and dictionary dtype of factors; none offers no factors.
+    quantized : tuple of str
+        Dtypes for the weights themselves.
+    sparse : bool
+        False for solvers whose coefficients are dense.
+    learned, identity : bool
+        Whether to offer learned dictionaries, and the identity in place of one.
+    """
+
+    rhos: tuple[float, ...] = (2.0, 3.0)
+    sides: tuple[Side, ...] = ("input", "output")
+    dtypes: tuple[tuple[str, str], ...] = (("bfloat16", "bfloat16"), ("int8", "int8"))
+    quantized: tuple[str, ...] = ()
+    sparse: bool = True
+    learned: bool = True
+    identity: bool = True
+
+    def curves(self, n_members: int) -> dict[str, str]:
+        """Give the side of each set of points that menus for a group of so many layers need, by its name."""
+        if not self.dtypes:
+            return {}
+        found = {SPARSE: SPARSE} if self.identity else {}
+        if self.learned and "input" in self.sides:
+            found["input " + (",".join(f"{rho:g}" for rho in self.rhos) if self.sparse else "dense")] = "input"
+        if self.learned and "output" in self.sides and n_members == 1 and self.sparse:
+            found[f"output {self.middle_rho:g}"] = "output"
+        return found
+
+    @property
+    def middle_rho(self) -> float:
+        """The rho that stands for all where points are dear."""
+        return self.rhos[len(self.rhos) // 2]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The predicted harm of factors of one size."""
+
+    n_atoms: int
+    n_nonzero: int
+    harm: float
+
+
+@dataclass(frozen=True)
+class GroupProfile:
+    """What is known of one group.
+
+    Attributes
+    ----------
+    name, kind : str
+        Of the group, and of its layers within a block.
+    in_features : int
+    out_features : tuple of int
+        Of each member.
+    energy : float
+        Harm of outputs of zero.
+    points : dict of str to tuple of Point
+        By the names of ``Families.curves``.
+    quantized : dict of str to tuple of float
+        By dtype, the harm of each member.
+    spectrum : tuple of float
+        Singular values of the whitened target.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: tuple[int, ...]
+    energy: float
+    points: dict[str, tuple[Point, ...]] = field(default_factory=dict)
+    quantized: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    spectrum: tuple[float, ...] = ()
+
+    @property
+    def dense_bits(self) -> int:
+        """Bits of the members' dense weights in bfloat16."""
+        return 16 * self.in_features * sum(self.out_features)
+
+    def to_json(self) -> str:
+        """Give a text that ``from_json`` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "GroupProfile":
+        """Read what ``to_json`` gave.
+
+        Raises
+        ------
+        CheckpointError
+            It is something else.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            data["points"] = {side: tuple(Point(**p) for p in points) for side, points in data["points"].items()}
+            data["quantized"] = {dtype: tuple(harms) for dtype, harms in data["quantized"].items()}
+            data["out_features"], data["spectrum"] = tuple(data["out_features"]), tuple(data["spectrum"])
+            return cls(**data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"not a saved profile ({error})") from error
+
+
+def profile_group(
+    objective: Objective, kind: str, families: Families, spectrum: bool = False, known: GroupProfile | None = None
+) -> GroupProfile:
+    """Estimate what the ways of storing one group would cost.
+
+    Factors by one hard threshold of the singular directions and a least-squares dictionary (with the dictionary on the
+    side of the outputs after one iteration of hard thresholding pursuit); sparse weights by one threshold and a few
+    conjugate gradient steps; weights by rounding to nearest, whose errors are taken to be uncorrelated.  What an
+    earlier profile of the group knows is taken over.
+    """
+    if known is None:
+        energy = objective.harm(torch.zeros_like(objective.weight))
+        known = GroupProfile(objective.name, kind, objective.weight.shape[0], objective.widths, energy)
+    points, quantized = dict(known.points), dict(known.quantized)
+    make = {SPARSE: _sparse_points, "input": _input_points, "output": _output_points}
+    for name, side in families.curves(len(objective.widths)).items():
+        if name not in points:
+            points[name] = make[side](objective, families)
+    for dtype in families.quantized:
+        if dtype not in quantized:
+            quantized[dtype] = _rounding_harms(objective, dtype)
+    values = _spectrum(objective) if spectrum and not known.spectrum else known.spectrum
+    return replace(known, points=points, quantized=quantized, spectrum=values)
+
+
+def is_complete(profile: GroupProfile, families: Families, spectrum: bool) -> bool:
+    """Tell whether a profile has all that menus of these families need."""
+    wanted = families.curves(len(profile.out_features))
+    return (
+        set(wanted) <= set(profile.points)
+        and set(families.quantized) <= set(profile.quantized)
+        and (bool(profile.spectrum) or not spectrum)
+    )
+
+
+def sizes(d: int, n: int, families: Families, shares: Sequence[float] = _SHARES) -> list[tuple[int, int]]:
+    """Give the atoms and non-zeros of the profile's points for a dictionary in d dimensions and n columns."""
+    most = min(d, n)
+    atoms = [max(1, round(share * most)) for share in shares]
+    if not families.sparse:
+        return sorted({(k, k) for k in atoms})
+    found = {(k, max(1, int(k / rho))) for k in atoms for rho in families.rhos}
+    found |= {(most, round(part * most)) for part in _DENSER if round(part * most) > most / min(families.rhos)}
+    return sorted(found)
+
+
+def menu(
+    profile: GroupProfile, families: Families, format: str, corrections: "Corrections", convention: str = "honest"
+) -> Menu:
+    """List every way of storing one group with its bits and its predicted harm.
+
+    Parameters
+    ----------
+    profile : GroupProfile
+        Of the group.
+    families : Families
+        What to offer, at most what was profiled.
+    format : str
+        Registry name of the coefficients' format.
+    corrections : Corrections
+        Ratios of the real solver's harm to the profile's.
+    convention : {"honest", "paper"}
+        Whether the mask counts; see ``Budget``.
+    """
+    codec = FORMATS.create(format)
+    entries = [Entry(profile.dense_bits, 0.0, kept_dense(len(profile.out_features)))]
+    for name, side in families.curves(len(profile.out_features)).items():
+        points = profile.points[name]
+        if side == SPARSE:
+            entries += _sparse_entries(profile, families, codec, corrections, convention)
+            continue
+        offered = families if side == "input" else _output_families(families)
+        for value_dtype, dictionary_dtype in families.dtypes:
+            model = Factors(0, 0, side, value_dtype, dictionary_dtype)  # type: ignore[arg-type]
+            extra = corrections.rounding(profile.kind, model) * profile.energy
+            for (k, s), harm in _curves(points, offered):
+                choice = replace(model, n_atoms=k, n_nonzero=s)
+                cost = harm * corrections.solving(profile.kind, side) + extra
+                entries.append(Entry(factor_bits(choice, profile, codec, convention), cost, choice))
+    entries += _quantized_entries(profile, families, corrections)
+    useful = [e for e in entries if e.bits < profile.dense_bits or e.cost == 0]
+    spectrum = np.asarray(profile.spectrum) if profile.spectrum else None
+    return Menu(profile.name, profile.dense_bits, tuple(useful), spectrum)
+
+
+def factor_bits(choice: Factors, profile: GroupProfile, codec: Format, convention: str) -> int:
+    """Count the bits that factors take on disk, or by the paper's convention 16 for each number."""
+    k, s = choice.n_atoms, choice.n_nonzero
+    if convention == "paper":
+        d, columns = sides(choice, profile.in_features, profile.out_features)
+        return 16 * ((0 if choice.dictionary_dtype == "none" else k * d) + s * sum(columns))
+    return group_bits(
+        profile.in_features,
+        k,
+        profile.out_features,
+        s,
+        codec,
+        choice.value_dtype,
+        choice.dictionary_dtype,
+        choice.side,
+    )
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What the real solver and rounding made of the profile's estimates, on a sample of groups.
+
+    Attributes
+    ----------
+    solved : dict of str to float
+        Harm by the solver over that of the profile, by "kind side".
+    rounded : dict of str to float
+        Harm added by rounding factors to a dtype over the group's energy, by "kind side dtype".
+    quantized : dict of str to float
+        Harm of the weights rounded with regard to errors over that of rounding to nearest, by "kind dtype".
+    """
+
+    solved: dict[str, float] = field(default_factory=dict)
+    rounded: dict[str, float] = field(default_factory=dict)
+    quantized: dict[str, float] = field(default_factory=dict)
+
+    def solving(self, kind: str, side: str) -> float:
+        """Give the factor for factors of one side; 1 where nothing was measured."""
+        return self.solved.get(f"{kind} {side}", 1.0)
+
+    def rounding(self, kind: str, model: Factors) -> float:
+        """Give what rounding adds to factors, as a fraction of the energy."""
+        place = SPARSE if model.dictionary_dtype == "none" else model.side
+        return self.rounded.get(f"{kind} {place} {model.value_dtype}", 0.0)
+
+    def weights(self, kind: str, dtype: str) -> float:
+        """Give the factor for weights in a dtype."""
+        return self.quantized.get(f"{kind} {dtype}", 1.0)
+
+
+def interpolation_errors(profile: GroupProfile, families: Families) -> NDArray[np.float64]:
+    """Give the relative errors of the curves at each inner point, computed from the others."""
+    found: list[NDArray[np.float64]] = []
+    for name, side in families.curves(len(profile.out_features)).items():
+        points = profile.points[name]
+        if side == SPARSE:
+            curve = ErrorCurve.through([p.n_nonzero for p in points], [p.harm for p in points])
+            found.append(curve.leave_one_out())
+            continue
+        for rho in (families if side == "input" else _output_families(families)).rhos:
+            along = _along_atoms(points, rho, families)
+            if len(along) > 2:
+                found.append(ErrorCurve.through([p.n_atoms for p in along], [p.harm for p in along]).leave_one_out())
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def _curves(points: Sequence[Point], families: Families) -> list[tuple[tuple[int, int], float]]:
+    """Interpolate the harm: along the atoms for each rho, and along the non-zeros of a complete dictionary."""
+    most = max(p.n_atoms for p in points)
+    found: dict[tuple[int, int], float] = {}
+    for rho in families.rhos if families.sparse else (1.0,):
+        along = _along_atoms(points, rho, families)
+        curve = ErrorCurve.through([p.n_atoms for p in along], [p.harm for p in along])
+        for k in _between(along[0].n_atoms, most):
+            s = max(1, int(k / rho)) if families.sparse else k
+            found[(k, s)] = float(curve(k))
+    complete = sorted((p for p in points if p.n_atoms == most), key=lambda p: p.n_nonzero)
+    if families.sparse and len(complete) > 1:
+        curve = ErrorCurve.through([p.n_nonzero for p in complete], [p.harm for p in complete])
+        for s in _between(complete[0].n_nonzero, complete[-1].n_nonzero):
+            found[(most, s)] = float(curve(s))
+    return list(found.items())
+
+
+def _along_atoms(points: Sequence[Point], rho: float, families: Families) -> list[Point]:
+    wanted = [p for p in points if not families.sparse or p.n_nonzero == max(1, int(p.n_atoms / rho))]
+    return sorted(wanted, key=lambda p: p.n_atoms)
+
+
+def _between(low: int, high: int) -> list[int]:
+    return sorted({round(x) for x in np.linspace(low, high, _STEPS)})
+
+
+def _quantized_entries(profile: GroupProfile, families: Families, corrections: Corrections) -> list[Entry]:
+    """List the undominated combinations of dtypes over the members."""
+    identity = FORMATS.create("identity")
+    partial: list[Entry] = [Entry(0, 0.0, ())]
+    for index, width in enumerate(profile.out_features):
+        dense = 16 * profile.in_features * width
+        ways = [(dense, 0.0, DENSE)]
+        for dtype in families.quantized:
+            bits = dictionary_bits(width, profile.in_features, dtype) + identity.bits(width, width, 0, "none")
+            cost = profile.quantized[dtype][index] * corrections.weights(profile.kind, dtype)
+            ways.append((bits, cost, dtype))
+        joined = [
+            Entry(entry.bits + bits, entry.cost + cost, (*entry.choice, dtype))
+            for entry in partial
+            for bits, cost, dtype in ways
+        ]
+        partial, least = [], float("inf")
+        for entry in sorted(joined, key=lambda e: (e.bits, e.cost, e.choice)):
+            if entry.cost < least:
+                partial.append(entry)
+                least = entry.cost
+    return [Entry(e.bits, e.cost, Quantized(e.choice)) for e in partial if set(e.choice) != {DENSE}]
+
+
+def _sparse_entries(
+    profile: GroupProfile, families: Families, codec: Format, corrections: "Corrections", convention: str
+) -> list[Entry]:
+    points, d = profile.points[SPARSE], profile.in_features
+    curve = ErrorCurve.through([p.n_nonzero for p in points], [p.harm for p in points])
+    entries = []
+    for value_dtype, _ in families.dtypes:
+        model = Factors(d, 0, "input", value_dtype, "none")
+        extra = corrections.rounding(profile.kind, model) * profile.energy
+        for s in _between(points[0].n_nonzero, points[-1].n_nonzero):
+            choice = replace(model, n_nonzero=s)
+            cost = float(curve(s)) * corrections.solving(profile.kind, SPARSE) + extra
+            entries.append(Entry(factor_bits(choice, profile, codec, convention), cost, choice))
+    return entries
+
+
+def _sparse_points(objective: Objective, families: Families) -> tuple[Point, ...]:
+    W, G = (convert(matrix.to(torch.float32), "numpy") for matrix in (objective.weight, objective.metric))
+    scales = convert(objective.scales.to(torch.float32), "numpy")
+    d, n = W.shape
+    found = []
+    for s in sorted({max(1, round(density * d)) for density in _DENSITIES}):
+        E = (W - sparse_weight(W, G, s * n, scales, n_iter=0, final_cg_steps=3)) * scales
+        found.append(Point(d, s, _half_per_token(np.sum(E * (G @ E), dtype=np.float64), objective)))
+    return tuple(found)
+
+
+def _input_points(objective: Objective, families: Families) -> tuple[Point, ...]:
+    Y = convert((objective.target * objective.scales.to(torch.float32)), "numpy")
+    U = leading_left_singular_vectors(Y, min(Y.shape))
+    C = U.T @ Y
+    found = []
+    d, n = Y.shape
+    for k, s in sizes(d, n, families):
+        S = hard_threshold(C[:k], s) if families.sparse else C[:k]
+        A = least_squares_dictionary(Y, S, U[:, :k]) if families.sparse else U[:, :k]
+        found.append(Point(k, s, _half_per_token(np.sum((Y - A @ S) ** 2, dtype=np.float64), objective)))
+    return tuple(found)
+
+
+def _output_points(objective: Objective, families: Families) -> tuple[Point, ...]:
+    problem = objective.transposed_problem(1, 1)
+    T, M = convert(problem.target, "numpy"), convert(problem.column_metric, "numpy")
+    roots = np.sqrt(np.diagonal(M))
+    T, M = T * roots, M / (roots[:, None] * roots)
+    found = []
+    d, n = T.shape
+    for k, s in sizes(d, n, _output_families(families), _OUTPUT_SHARES):
+        A, S = pursue_in_metric(T, M, k, s, n_iter=1, cg_steps=3, final_cg_steps=3)
+        E = T - A @ S
+        found.append(Point(k, s, _half_per_token(np.sum((E @ M) * E, dtype=np.float64), objective)))
+    return tuple(found)
+
+
+def _output_families(families: Families) -> Families:
+    return replace(families, rhos=(families.middle_rho,))
+
+
+def _rounding_harms(objective: Objective, dtype: str) -> tuple[float, ...]:
+    grid = grid_of(dtype)
+    assert grid is not None
+    harms = []
+    parts = objective.weight.split(objective.widths, dim=1)
+    scales = objective.scales.split(objective.widths)
+    for part, scale, gram in zip(parts, scales, objective.grams, strict=True):
+        rows = part.T.to(torch.float32).contiguous()
+        error = rows - dequantize(*quantize(rows, grid), grid)
+        diagonal = gram.diagonal() if bool(gram.any()) else torch.ones_like(gram.diagonal())
+        per_output = error.square().to(torch.float64) @ diagonal
+        harms.append(_half_per_token(float(per_output @ scale.square()), objective))
+    return tuple(harms)
+
+
+def _spectrum(objective: Objective) -> tuple[float, ...]:
+    values = np.linalg.svd(convert(objective.target, "numpy"), compute_uv=False)
+    return tuple(float(v) for v in values)
+
+
+def _half_per_token(squared: float, objective: Objective) -> float:
+    # In a metric, rounding may leave a sum of squares slightly below zero.
+    return max(0.5 * float(squared) / max(1, objective.n_tokens), 0.0)
+
+
+__all__ = ["Choice", "Corrections", "Families", "GroupProfile", "Point", "menu", "profile_group", "sizes"]
