@@ -41,6 +41,9 @@ class CalibrationConfig(_Strict):
     mixing : float
         For sequential calibration, how far a layer is to make up for the errors before it: 0 keeps its own weight on
         the new inputs, 1 imitates the dense model's outputs.
+    ridge : float
+        For sequential calibration, how strongly a layer is held to its own weight where the tokens say little; without
+        it the correction overfits.
     labels : {"model", "text"}
         Where the labels come from whose gradients tell how sensitive the loss is to each output: drawn from the
         model's own predictions (Fisher information), or the text's next tokens (the empirical variant).
@@ -52,6 +55,7 @@ class CalibrationConfig(_Strict):
     batch_size: int = Field(default=8, ge=1)
     order: Literal["one-shot", "sequential"] = "one-shot"
     mixing: float = Field(default=0.5, ge=0, le=1)
+    ridge: float = Field(default=0.1, ge=0)
     labels: Literal["model", "text"] = "model"
 
 

@@ -121,6 +121,7 @@ def objective(
     token_weights: bool = False,
     shift: Tensor | None = None,
     mixing: float = 0.0,
+    ridge: float = 0.1,
 ) -> Objective:
     """Join the weights of a group's layers with what calibration knows of them.
 
@@ -138,7 +139,7 @@ def objective(
         Weigh the outputs by the sensitivities.
     token_weights : bool
         Take the Gram in which tokens count by their gradients.
-    shift, mixing
+    shift, mixing, ridge
         For sequential calibration, see ``corrected_weight``: the weights become those that make up for earlier errors.
 
     Raises
@@ -166,7 +167,7 @@ def objective(
         sensitivities = torch.cat([moment.squares / max(1, moment.n_tokens) for moment in moments])
     joined = torch.cat([weight.to(torch.float64) for weight in weights], dim=1)
     if shift is not None and mixing > 0:
-        joined = corrected_weight(joined, whitening, shift, mixing)
+        joined = corrected_weight(joined, whitening, shift, mixing, ridge)
     return Objective(
         group.name,
         joined,

@@ -19,7 +19,7 @@ from cospadi.allocation.uniform import Uniform
 from cospadi.choices import DENSE, Choice, Factors, Quantized
 from cospadi.config import CompressionConfig, read_limit
 from cospadi.errors import UsageError
-from cospadi.factorize import Method, approximate, rounded
+from cospadi.factorize import Approximation, Method, approximate, rounded
 from cospadi.formats.base import FORMATS
 from cospadi.formats.dictionary import dictionary_dtype_of
 from cospadi.formats.packing import pack_group, unpack_group
@@ -275,19 +275,17 @@ def _correct(
     quick = method if isinstance(method.solver, HTP) or not method.solver.sparse else replace(method, solver=HTP())
     for name, side in families.curves(len(profile.out_features)).items():
         points = profile.points[name]
-        if side == SPARSE:
-            point = points[len(points) // 2]
-            choice = Factors(point.n_atoms, point.n_nonzero, dictionary_dtype="none")
-        else:
-            point = _middle(points, families)
-            choice = Factors(point.n_atoms, point.n_nonzero, side)  # type: ignore[arg-type]
-        found = approximate(choice, objective, group, quick)
-        exact = objective.harm(found.factorization.joined())
+        point = points[len(points) // 2] if side == SPARSE else _middle(points, families)
+        exact = objective.harm(_free(point, side, objective, group, quick).factorization.joined())
         if point.harm > 0:
             corrections.solved[f"{profile.kind} {side}"] = exact / point.harm
+        # What rounding adds shows where the factors themselves lose least; elsewhere it drowns in their own error.
+        finest = max(points, key=lambda p: (p.n_atoms, p.n_nonzero))
+        found = _free(finest, side, objective, group, quick)
+        exact = objective.harm(found.factorization.joined())
         for value_dtype, learned_dtype in families.dtypes:
             dictionary_dtype = "none" if side == SPARSE else learned_dtype
-            stored = replace(choice, value_dtype=value_dtype, dictionary_dtype=dictionary_dtype)
+            stored = replace(_choice(finest, side), value_dtype=value_dtype, dictionary_dtype=dictionary_dtype)
             packed = rounded(stored, found, objective).factorization
             spec, tensors = pack_group(packed, method.format, value_dtype, {}, group.shared_input, dictionary_dtype)
             added = objective.harm(unpack_group(spec, tensors).joined()) - exact
@@ -299,6 +297,16 @@ def _correct(
         if nearest > 0:
             weight = dequantize(rows.values, rows.scales, GRIDS[dtype]).T
             corrections.quantized[f"{profile.kind} {dtype}"] = objective.harm(weight) / nearest
+
+
+def _choice(point: Point, side: str) -> Factors:
+    if side == SPARSE:
+        return Factors(point.n_atoms, point.n_nonzero, dictionary_dtype="none")
+    return Factors(point.n_atoms, point.n_nonzero, side)  # type: ignore[arg-type]
+
+
+def _free(point: Point, side: str, objective: Objective, group: Group, method: Method) -> Approximation:
+    return approximate(_choice(point, side), objective, group, method)
 
 
 def _middle(points: Sequence[Point], families: Families) -> Point:

@@ -67,6 +67,7 @@ class Job:
             token_weights=self.config.token_weights and received is None,
             shift=None if received is None else received.shift,
             mixing=self.config.calibration.mixing,
+            ridge=self.config.calibration.ridge,
         )
 
 

@@ -184,9 +184,9 @@ def test_members_of_another_order_have_the_same_harms_in_that_order():
     V = normal(5, 5, 7)
     forth = case.objective().harms(V)
     turned = Group((case.layers[1], case.layers[0]))
-    back = objective(
-        turned, case.weights[::-1], case.statistics, DAMPING, column_weights=True
-    ).harms(torch.cat([V[:, 4:], V[:, :4]], dim=1))
+    back = objective(turned, case.weights[::-1], case.statistics, DAMPING, column_weights=True).harms(
+        torch.cat([V[:, 4:], V[:, :4]], dim=1)
+    )
     assert back[::-1] == pytest.approx(forth, rel=1e-12)
 
 
