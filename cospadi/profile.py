@@ -314,14 +314,14 @@ def _curves(points: Sequence[Point], families: Families) -> list[tuple[tuple[int
     for rho in families.rhos if families.sparse else (1.0,):
         along = _along_atoms(points, rho, families)
         curve = ErrorCurve.through([p.n_atoms for p in along], [p.harm for p in along])
-        for k in _between(along[0].n_atoms, most):
-            s = max(1, int(k / rho)) if families.sparse else k
-            found[(k, s)] = float(curve(k))
+        between = _between(along[0].n_atoms, most)
+        for k, harm in zip(between, curve(between).tolist(), strict=True):
+            found[(k, max(1, int(k / rho)) if families.sparse else k)] = harm
     complete = sorted((p for p in points if p.n_atoms == most), key=lambda p: p.n_nonzero)
     if families.sparse and len(complete) > 1:
         curve = ErrorCurve.through([p.n_nonzero for p in complete], [p.harm for p in complete])
-        for s in _between(complete[0].n_nonzero, complete[-1].n_nonzero):
-            found[(most, s)] = float(curve(s))
+        between = _between(complete[0].n_nonzero, complete[-1].n_nonzero)
+        found |= {(most, s): harm for s, harm in zip(between, curve(between).tolist(), strict=True)}
     return list(found.items())
 
 
@@ -367,9 +367,10 @@ def _sparse_entries(
     for value_dtype, _ in families.dtypes:
         model = Factors(d, 0, "input", value_dtype, "none")
         extra = corrections.rounding(profile.kind, model) * profile.energy
-        for s in _between(points[0].n_nonzero, points[-1].n_nonzero):
+        between = _between(points[0].n_nonzero, points[-1].n_nonzero)
+        for s, harm in zip(between, curve(between).tolist(), strict=True):
             choice = replace(model, n_nonzero=s)
-            cost = float(curve(s)) * corrections.solving(profile.kind, SPARSE) + extra
+            cost = harm * corrections.solving(profile.kind, SPARSE) + extra
             entries.append(Entry(factor_bits(choice, profile, codec, convention), cost, choice))
     return entries
 

@@ -213,7 +213,7 @@ def test_a_shift_moves_the_weights_by_the_mixing():
     # What the layer receives now is X; what it received in the dense model was X + Z.
     x, Z = case.inputs["block.0"], 0.1 * normal(8, 50, 6)
     shift = x.T @ Z
-    full = case.objective(shift=shift, mixing=1.0)
+    full = case.objective(shift=shift, mixing=1.0, ridge=0.01)
     # The fit to the dense outputs is held to W by a ridge of 1 % of the mean of the Gram's diagonal.
     gram = x.T @ x
     ridge = 0.01 * gram.diagonal().mean() * torch.eye(6)
@@ -221,7 +221,7 @@ def test_a_shift_moves_the_weights_by_the_mixing():
     torch.testing.assert_close(full.weight, best, rtol=1e-6, atol=1e-8)
     lost = [float(((x + Z) @ case.weights[0] - x @ W).square().sum()) for W in (full.weight, case.weights[0])]
     assert lost[0] < lost[1]
-    half = case.objective(shift=shift, mixing=0.5)
+    half = case.objective(shift=shift, mixing=0.5, ridge=0.01)
     torch.testing.assert_close(half.weight, (best + case.weights[0]) / 2, rtol=1e-6, atol=1e-8)
     assert torch.equal(case.objective(shift=shift, mixing=0.0).weight, plain.weight)
     # The shifted weights are what the harm compares with.

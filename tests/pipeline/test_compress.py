@@ -99,15 +99,17 @@ def test_honest_bytes_are_those_on_disk(tmp_path):
 
 @pytest.mark.parametrize("solver", ["svd", "orthogonal", "single-step", "ksvd-torch", "ksvd-numpy", "mod"])
 def test_solvers_swap_in_one_word(solver, tmp_path):
-    report = compress(
-        tiny_model("llama"), tmp_path / "out", recipe(solver=solver, solver_options={}, ratio=0.4), windows=token_windows()
-    )
+    config = recipe(solver=solver, solver_options={}, ratio=0.4)
+    report = compress(tiny_model("llama"), tmp_path / "out", config, windows=token_windows())
     assert report["solver"]["name"] == solver
     assert 0 < report["totals"]["mean_relative_error"] < 1
     cospadi.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("options", [{}, {"allocation": "knapsack", "column_weights": True}], ids=["uniform", "knapsack"])
+KNAPSACK = {"allocation": "knapsack", "column_weights": True}
+
+
+@pytest.mark.parametrize("options", [{}, KNAPSACK], ids=["uniform", "knapsack"])
 def test_the_same_run_gives_the_same_bytes_and_measurements_can_be_reused(options, tmp_path):
     model, windows, config = tiny_model("llama"), token_windows(), recipe(**options)
     compress(model, tmp_path / "a", config, windows=windows)

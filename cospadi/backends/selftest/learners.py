@@ -5,6 +5,9 @@ import torch
 from cospadi.backends.selftest.findings import Check, Findings, guarded
 from cospadi.solvers.base import SOLVERS, Problem
 
+PAPER = {"block": 1, "power_iterations": 8, "pursue_every": 1}
+"""Atoms one after the other: numpy has its own compiled loop for them, which the other arrays are compared with."""
+
 
 def ksvd(name: str, device: torch.device) -> Check:
     """Compare a K-SVD with the compiled one of numpy on a target that is sparse in a random dictionary."""
@@ -20,8 +23,8 @@ def ksvd(name: str, device: torch.device) -> Check:
         S[torch.rand(S.shape, generator=generator).argsort(0) >= 3] = 0
         target = dictionary @ S
         # Roundings grow from one alternation to the next: of many, only what they reach can be compared.
-        for n_iter in (1, 6):
-            options = {"n_iter": n_iter, "tolerance": 0.0}
+        for n_iter, recipe in ((1, PAPER), (6, PAPER), (1, {}), (6, {})):
+            options = {"n_iter": n_iter, "tolerance": 0.0, **recipe}
             ours = SOLVERS.create(name, {**options, "compiled": False}).solve(Problem(target.to(device), 36, 3))
             theirs = SOLVERS.create("ksvd-numpy", options).solve(Problem(target, 36, 3))
             found, expected = ((one.dictionary @ one.coefficients).cpu() for one in (ours, theirs))
