@@ -102,7 +102,8 @@ class Objective:
         parts = error.split(self.widths, dim=1)
         n_tokens = max(1, self.n_tokens)
         return [
-            0.5 * float((part * (product(gram, part) if bool(gram.any()) else part)).sum()) / n_tokens
+            # Where the Gram is singular, rounding may leave a sum of squares slightly below zero.
+            max(0.5 * float((part * (product(gram, part) if bool(gram.any()) else part)).sum()) / n_tokens, 0.0)
             for part, gram in zip(parts, self.grams, strict=True)
         ]
 

@@ -132,6 +132,16 @@ def test_a_damped_gram_is_what_the_problems_and_not_what_the_harm_sees():
     assert given.harm(V) == pytest.approx(sum(case.brute(V)), rel=1e-6)
 
 
+def test_what_the_tokens_do_not_see_harms_nothing_and_never_less():
+    """Errors in the null space of a singular Gram: a sum of squares that rounding alone may take below zero."""
+    for seed in range(20):
+        case = Case(seed, tokens=3, width=8, widths=(4,))
+        given = case.objective()
+        blind = torch.linalg.svd(case.inputs["block.0"]).Vh[3:].T @ normal(seed, 5, 4)
+        lost = given.harm(given.weight + blind)
+        assert 0 <= lost < 1e-12 * given.harm(torch.zeros(8, 4))
+
+
 def test_an_expert_is_judged_by_its_own_tokens_and_counts_by_their_part():
     """Its gradients' mean is over the tokens that reached it; the sum over those is divided by all of the run."""
     case = Case(6, tokens=60, width=5, widths=(4,), routed=[12], run=60)
