@@ -110,8 +110,19 @@ def split_experts(model: nn.Module, names: Iterable[str] | None = None) -> list[
     return found
 
 
-def fuse_experts(model: nn.Module) -> list[str]:
+def fuse_experts(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
     """Put the experts modules of transformers back, in place; the inverse of ``split_experts``.
+
+    Parameters
+    ----------
+    model : Module
+    names : iterable of str, optional
+        Which ones; all that were split if not given.
+
+    Returns
+    -------
+    list of str
+        The modules that were put back, in the order of the model.
 
     Raises
     ------
@@ -119,6 +130,8 @@ def fuse_experts(model: nn.Module) -> list[str]:
         An expert's layers are still compressed.
     """
     split = {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinears)}
+    if names is not None:
+        split = {name: split[name] for name in split if name in set(names)}
     for name, module in split.items():
         if not all(type(layer) is nn.Linear for layer in (*module.gate_up, *module.down)):
             raise UsageError(f"{name}: restore the dense layers before the experts are fused")

@@ -25,7 +25,7 @@ from cospadi.calibration.statistics import Gram
 from cospadi.config import CompressionConfig
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.events import Calibrated, Listener, Planned, Profiled, Written
-from cospadi.experts import split_experts
+from cospadi.experts import fuse_experts, split_experts
 from cospadi.export import write_checkpoint
 from cospadi.factorize import Method
 from cospadi.formats.base import FORMATS
@@ -137,6 +137,7 @@ def compress(
         raise CheckpointError(f"a record has vanished from {folder.folder} or cannot be read back: run with --resume")
     report = _report(job, plan, [record.row for record in finished])
     used = [name for name in experts if any(layer.name.startswith(f"{name}.") for layer in mapped.layers)]
+    fuse_experts(source.model, set(experts) - set(used))  # loading splits the others only
     other_bytes = write_checkpoint(out, source, finished, used, config.backend)
     kept_bytes = sum(2 * layer["in_features"] * layer["out_features"] for layer in report["kept_dense"])
     report["totals"] = totals(report["groups"], other_bytes, kept_bytes)

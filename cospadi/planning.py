@@ -197,6 +197,7 @@ def allocate(
     UsageError
         The bytes or the limits cannot be met.
     """
+    _check_limits(groups, config.limits)
     menus = [
         _costed(_limited(menu(p, families, method.format, corrections, config.convention), g, config.limits), p, config)
         for p, g in zip(profiles, groups, strict=True)
@@ -229,6 +230,14 @@ def _costed(menu: Menu, profile: GroupProfile, config: CompressionConfig) -> Men
 def _per_cost(profile: GroupProfile, config: CompressionConfig) -> float:
     """Give the harm that one unit of the recipe's cost stands for."""
     return max(profile.energy, 1e-300) if config.cost == "relative-error" else 1.0
+
+
+def _check_limits(groups: Sequence[Group], limits: Sequence[str]) -> None:
+    """Refuse a limit that matches no group, which would do nothing without a word."""
+    names = [group.name for group in groups]
+    for text in limits:
+        if not fnmatch.filter(names, read_limit(text)[0]):
+            raise UsageError(f"limit {text!r} matches the first layer of no group; these are named like {names[0]!r}")
 
 
 def _limited(menu: Menu, group: Group, limits: Sequence[str]) -> Menu:

@@ -278,6 +278,7 @@ def test_limits_bound_what_a_group_loses(plan):
         ({"ratio": 0.3, "limits": ("*=0:0",)}, "ask for a ratio of at most 0,"),
         ({"ratio": 0.3, "limits": ("*.up=0.98:1",)}, "b.0.up: no way of storing it"),
         ({"ratio": 1e-9, "limits": ("*=0:0",)}, "nothing would change"),
+        ({"limits": ("*=0:1", "*.k=0:0.3")}, "limit '*.k=0:0.3' matches the first layer of no group"),
     ],
 )
 def test_what_cannot_be_met_is_said(options, text, plan):
