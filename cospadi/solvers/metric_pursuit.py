@@ -45,8 +45,11 @@ def pursue_in_metric(
     S = hard_threshold(A.T @ Y, n_nonzero)
     SM = S @ M  # the one product of full size that each new S costs
     best, best_error = (A, S, SM), float("inf")
+    # What rounding leaves of the energy of a row that the metric does not see, over its squared norm.
+    noise = 8 * float(xp.finfo(Y.dtype).eps) * float(xp.sum(M * M)) ** 0.5
     for iteration in range(n_iter + 1):
-        A, sizes = unit_columns(solve_atoms(SM @ S.T, S @ YM.T, A))
+        gram = _seen(SM @ S.T, noise * xp.sum(S * S, axis=1))
+        A, sizes = unit_columns(solve_atoms(gram, S @ YM.T, A))
         S, SM = S * sizes[:, None], SM * sizes[:, None]
         G, B = A.T @ A, A.T @ YM
         C = B - G @ SM
@@ -96,6 +99,13 @@ def conjugate_gradients_in_metric(G: Array, M: Array, B: Array, S: Array, SM: Ar
         previous, energy = energy, float(xp.sum(residual * residual))
         direction = residual + (energy / previous) * direction
     return S, SM
+
+
+def _seen(gram: Array, noise: Array) -> Array:
+    """Give S M S^T with zeros for rows of no more energy than noise: atoms for them would be noise, too."""
+    xp = namespace(gram)
+    seen = xp.astype(xp.linalg.diagonal(gram) > noise, gram.dtype)
+    return gram * (seen[:, None] * seen[None, :])
 
 
 def _gain(S: Array, B: Array, C: Array) -> float:

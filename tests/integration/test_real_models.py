@@ -25,14 +25,15 @@ def cli(*arguments):
 def test_smollm2_two_blocks_end_to_end_by_the_command_line(tmp_path):
     out = tmp_path / "out"
     options = ["--ratio", 0.2, "--samples", 8, "--seq-len", 128, "--eval-tokens", 1024]
+    options += ["--storage", "factors", "--value-dtype", "bfloat16"]
     done = cli("compress", "-o", out, *options, "--include", "*.layers.1[01].*", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     totals = report["totals"]
-    assert totals["n_layers"] == 14
-    assert 0.2 <= totals["ratio"] < 0.21
+    assert totals["n_layers"] + len(report["kept_dense"]) == 14
+    assert 0.2 - 1e-9 <= totals["ratio"] < 0.201
     evaluation = report["evaluation"]
-    assert 1 <= evaluation["perplexity_ratio"] < 1.6
+    assert 0.98 <= evaluation["perplexity_ratio"] < 1.2
     # Plain transformers, after import cospadi, computes what cospadi.load does.
     code = (
         "import sys, cospadi, torch\n"
@@ -63,8 +64,8 @@ def test_smollm2_two_blocks_end_to_end_by_the_command_line(tmp_path):
 def test_minilm_encoder_keeps_its_sentences_apart(tmp_path):
     config = CompressionConfig(ratio=0.3, calibration=CalibrationConfig(samples=16, seq_len=128))
     report = compress(embedded_encoder(), tmp_path / "out", config)
-    assert report["totals"]["n_layers"] == 36
-    assert 0.3 <= report["totals"]["ratio"] < 0.31
+    assert report["totals"]["n_layers"] + len(report["kept_dense"]) == 36
+    assert 0.3 - 1e-9 <= report["totals"]["ratio"] < 0.31
     small = cospadi.load(tmp_path / "out", dtype=torch.float32)
     source = open_model(embedded_encoder(), torch.device("cpu"))
     sentences = ["The cat sits on the mat.", "A kitten rests on a rug.", "Parliament passed the budget on Tuesday."]
