@@ -226,7 +226,7 @@ def read_limit(text: str) -> tuple[str, float, float]:
         limits = (1.0, 0.0)
     if not pattern or not 0 <= limits[0] <= limits[1] <= 1:
         raise ValueError(
-            f"limit {text!r}: expected PATTERN=LOW:HIGH with 0 <= LOW <= HIGH <= 1, such as *.v_proj=0:0.3"
+            f"limit {text!r}: expected PATTERN=LOW:HIGH with 0 <= LOW <= HIGH <= 1, such as *.down_proj=0:0.3"
         )
     return pattern, *limits
 

@@ -267,7 +267,7 @@ def test_the_papers_convention_counts_factors_only():
 
 
 def test_recipes_survive_as_dicts():
-    for options in ({}, FACTORS, {"limits": ("*.v_proj=0:0.3",), "weight_dtypes": ("int4g64",)}):
+    for options in ({}, FACTORS, {"limits": ("*.down_proj=0:0.3",), "weight_dtypes": ("int4g64",)}):
         config = recipe({"order": "sequential", "labels": "text"}, **options)
         assert CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
