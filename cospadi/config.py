@@ -180,6 +180,18 @@ class CompressionConfig(_Strict):
     def _consistent(self) -> "CompressionConfig":
         if self.convention == "paper" and self.storage != "factors":
             raise ValueError("convention 'paper' counts factors only: add storage 'factors'")
+        if self.allocation == "uniform":
+            wants = {
+                "storage 'quantized'": self.storage == "quantized",
+                "dictionary 'identity'": self.dictionary == "identity",
+                "side 'output'": self.side == "output",
+                "limits": bool(self.limits),
+            }
+            for what in (name for name, wanted in wants.items() if wanted):
+                raise ValueError(
+                    f"allocation 'uniform' knows learned dictionaries on the input side only, not {what}: "
+                    "choose another allocation, such as knapsack or equal-ratio"
+                )
         return self
 
     @classmethod

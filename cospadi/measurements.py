@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cospadi.calibration.gradients import SourceStatistics
 from cospadi.errors import CheckpointError
-from cospadi.work import write_durably
+from cospadi.work import put_in_place, write_durably
 
 
 def digest(facts: Mapping[str, object]) -> str:
@@ -41,7 +41,7 @@ class Measurements(Mapping[str, SourceStatistics]):
         path = self._path(statistics.name)
         temporary = path.with_suffix(".tmp")
         statistics.save(temporary)
-        temporary.replace(path)
+        put_in_place(temporary, path)
         self._last = None
 
     def __getitem__(self, source: str) -> SourceStatistics:

@@ -217,6 +217,9 @@ def _statistics(config: CompressionConfig) -> dict[str, Any]:
         "token_weights": config.token_weights,
         "labels": config.calibration.labels if sensitive else None,
         "seed": config.seed if sensitive else None,
+        # Sums round differently in another order.
+        "batch_size": config.calibration.batch_size,
+        "device": _device(config.device).type,
     }
 
 

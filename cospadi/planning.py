@@ -58,7 +58,8 @@ class Unit:
     choice : Factors or Quantized
         Not dense.
     predicted : float or None
-        The harm that the allocation reckoned with; None for formulas that reckon with none.
+        The harm that the allocation reckoned with; None for formulas that reckon with none, and where the solver weighs
+        errors otherwise.
     """
 
     group: Group
@@ -166,16 +167,16 @@ def measure_corrections(
     make: Callable[[Group], Objective],
     measurements: Measurements,
 ) -> Corrections:
-    """Solve the middle group of each kind at one size, and compare with what the profile says of it."""
+    """Solve the middle group of each sort at one size, and compare with what the profile says of it."""
     facts = {"families": asdict(families), "solver": repr(method), **_weighting(config)}
     text = measurements.text("corrections", facts)
     if text is not None:
         return Corrections(**json.loads(text))
-    by_kind: dict[str, list[int]] = {}
+    by_sort: dict[str, list[int]] = {}
     for index, profile in enumerate(profiles):
-        by_kind.setdefault(f"{profile.kind} {len(profile.out_features)}", []).append(index)
+        by_sort.setdefault(profile.sort, []).append(index)
     corrections = Corrections()
-    for indices in by_kind.values():
+    for indices in by_sort.values():
         index = indices[len(indices) // 2]
         _correct(corrections, profiles[index], groups[index], make(groups[index]), families, method)
     measurements.keep_text("corrections", facts, json.dumps(asdict(corrections)))
@@ -205,10 +206,12 @@ def allocate(
     found: Allocation = STRATEGIES[config.allocation]().allocate(menus, capacity_for(menus, config.ratio))
     units: list[Unit] = []
     dense: list[Group] = []
+    # The solver may weigh errors otherwise than the allocation does: then their harms do not compare.
+    comparable = config.column_weights == (config.cost == "sensitivity")
     for group, profile, entry in zip(groups, profiles, found.entries, strict=True):
         choice: Choice = entry.choice
         if isinstance(choice, Factors):
-            units.append(Unit(group, choice, entry.cost * _per_cost(profile, config)))
+            units.append(Unit(group, choice, entry.cost * _per_cost(profile, config) if comparable else None))
             continue
         for layer, dtype in zip(group.layers, choice.dtypes, strict=True):
             alone = Group((layer,))
@@ -282,12 +285,12 @@ def _correct(
 ) -> None:
     # Other learners take minutes for what HTP does in a second, and end within a few per cent of it.
     quick = method if isinstance(method.solver, HTP) or not method.solver.sparse else replace(method, solver=HTP())
-    for name, side in families.curves(len(profile.out_features)).items():
+    for name, side in families.curves(profile.in_features, profile.out_features).items():
         points = profile.points[name]
         point = points[len(points) // 2] if side == SPARSE else _middle(points, families)
         exact = objective.harm(_free(point, side, objective, group, quick).factorization.joined())
         if point.harm > 0:
-            corrections.solved[f"{profile.kind} {side}"] = exact / point.harm
+            corrections.solved[f"{profile.sort} {side}"] = exact / point.harm
         # What rounding adds shows where the factors themselves lose least; elsewhere it drowns in their own error.
         finest = max(points, key=lambda p: (p.n_atoms, p.n_nonzero))
         found = _free(finest, side, objective, group, quick)
@@ -298,14 +301,14 @@ def _correct(
             packed = rounded(stored, found, objective).factorization
             spec, tensors = pack_group(packed, method.format, value_dtype, {}, group.shared_input, dictionary_dtype)
             added = objective.harm(unpack_group(spec, tensors).joined()) - exact
-            key = f"{profile.kind} {side} {value_dtype}"
+            key = f"{profile.sort} {side} {value_dtype}"
             corrections.rounded[key] = max(added, 0.0) / profile.energy if profile.energy > 0 else 0.0
     for dtype in families.quantized:
         nearest = math.fsum(profile.quantized[dtype])
         rows = quantize_dense(objective.weight.T, objective.metric, dtype)
         if nearest > 0:
             weight = dequantize(rows.values, rows.scales, GRIDS[dtype]).T
-            corrections.quantized[f"{profile.kind} {dtype}"] = objective.harm(weight) / nearest
+            corrections.quantized[f"{profile.sort} {dtype}"] = objective.harm(weight) / nearest
 
 
 def _choice(point: Point, side: str) -> Factors:

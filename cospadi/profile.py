@@ -35,7 +35,7 @@ SPARSE = "sparse"
 _SHARES = (1.0, 0.75, 0.5, 0.3, 0.15)
 """Atoms of the profile's points, as parts of a complete dictionary."""
 _OUTPUT_SHARES = (1.0, 0.6, 0.3)
-"""The same with the dictionary on the side of the outputs, where a point takes longer: for the middle rho alone."""
+"""The same with the dictionary on the side of the outputs, where a point takes longer: for one rho alone."""
 _DENSITIES = (0.95, 0.8, 0.6, 0.4, 0.2, 0.08)
 """Non-zeros of sparse weights, as parts of all."""
 _DENSER = (0.5, 0.75, 0.92)
@@ -53,7 +53,8 @@ class Families:
     rhos : tuple of float
         Atoms per non-zero of a column.
     sides : tuple of str
-        Sides that the dictionary may be on; ``output`` for groups of one layer only.
+        Sides that the dictionary may be on; ``output`` for groups of one layer only, and beside ``input`` only for
+        layers with more inputs than outputs: elsewhere the dictionary would grow.
     dtypes : tuple of (str, str)
         Value dtype and dictionary dtype of factors; none offers no factors.
     quantized : tuple of str
@@ -72,14 +73,15 @@ class Families:
     learned: bool = True
     identity: bool = True
 
-    def curves(self, n_members: int) -> dict[str, str]:
-        """Give the side of each set of points that menus for a group of so many layers need, by its name."""
+    def curves(self, in_features: int, out_features: Sequence[int]) -> dict[str, str]:
+        """Give the side of each set of points that menus for a group of these widths need, by its name."""
         if not self.dtypes:
             return {}
         found = {SPARSE: SPARSE} if self.identity else {}
         if self.learned and "input" in self.sides:
             found["input " + (",".join(f"{rho:g}" for rho in self.rhos) if self.sparse else "dense")] = "input"
-        if self.learned and "output" in self.sides and n_members == 1 and self.sparse:
+        able = self.learned and self.sparse and "output" in self.sides and len(out_features) == 1
+        if able and (in_features > out_features[0] or "input" not in self.sides):
             found[f"output {self.middle_rho:g}"] = "output"
         return found
 
@@ -129,6 +131,11 @@ class GroupProfile:
     spectrum: tuple[float, ...] = ()
 
     @property
+    def sort(self) -> str:
+        """What groups have in common that one correction serves: the kind and the number of members."""
+        return f"{self.kind}x{len(self.out_features)}"
+
+    @property
     def dense_bits(self) -> int:
         """Bits of the members' dense weights in bfloat16."""
         return 16 * self.in_features * sum(self.out_features)
@@ -162,7 +169,7 @@ def profile_group(
     """Estimate what the ways of storing one group would cost.
 
     Factors by one hard threshold of the singular directions and a least-squares dictionary (with the dictionary on the
-    side of the outputs after one iteration of hard thresholding pursuit); sparse weights by one threshold and a few
+    side of the outputs with a few conjugate gradient steps); sparse weights by one threshold and a few
     conjugate gradient steps; weights by rounding to nearest, whose errors are taken to be uncorrelated.  What an
     earlier profile of the group knows is taken over.
     """
@@ -171,7 +178,7 @@ def profile_group(
         known = GroupProfile(objective.name, kind, objective.weight.shape[0], objective.widths, energy)
     points, quantized = dict(known.points), dict(known.quantized)
     make = {SPARSE: _sparse_points, "input": _input_points, "output": _output_points}
-    for name, side in families.curves(len(objective.widths)).items():
+    for name, side in families.curves(objective.weight.shape[0], objective.widths).items():
         if name not in points:
             points[name] = make[side](objective, families)
     for dtype in families.quantized:
@@ -183,7 +190,7 @@ def profile_group(
 
 def is_complete(profile: GroupProfile, families: Families, spectrum: bool) -> bool:
     """Tell whether a profile has all that menus of these families need."""
-    wanted = families.curves(len(profile.out_features))
+    wanted = families.curves(profile.in_features, profile.out_features)
     return (
         set(wanted) <= set(profile.points)
         and set(families.quantized) <= set(profile.quantized)
@@ -222,7 +229,7 @@ def menu(
     """
     codec = FORMATS.create(format)
     entries = [Entry(profile.dense_bits, 0.0, kept_dense(len(profile.out_features)))]
-    for name, side in families.curves(len(profile.out_features)).items():
+    for name, side in families.curves(profile.in_features, profile.out_features).items():
         points = profile.points[name]
         if side == SPARSE:
             entries += _sparse_entries(profile, families, codec, corrections, convention)
@@ -230,10 +237,10 @@ def menu(
         offered = families if side == "input" else _output_families(families)
         for value_dtype, dictionary_dtype in families.dtypes:
             model = Factors(0, 0, side, value_dtype, dictionary_dtype)  # type: ignore[arg-type]
-            extra = corrections.rounding(profile.kind, model) * profile.energy
+            extra = corrections.rounding(profile.sort, model) * profile.energy
             for (k, s), harm in _curves(points, offered):
                 choice = replace(model, n_atoms=k, n_nonzero=s)
-                cost = harm * corrections.solving(profile.kind, side) + extra
+                cost = harm * corrections.solving(profile.sort, side) + extra
                 entries.append(Entry(factor_bits(choice, profile, codec, convention), cost, choice))
     entries += _quantized_entries(profile, families, corrections)
     useful = [e for e in entries if e.bits < profile.dense_bits or e.cost == 0]
@@ -266,35 +273,35 @@ class Corrections:
     Attributes
     ----------
     solved : dict of str to float
-        Harm by the solver over that of the profile, by "kind side".
+        Harm by the solver over that of the profile, by "sort side", with the groups' ``GroupProfile.sort``.
     rounded : dict of str to float
-        Harm added by rounding factors to a dtype over the group's energy, by "kind side dtype".
+        Harm added by rounding factors to a dtype over the group's energy, by "sort side dtype".
     quantized : dict of str to float
-        Harm of the weights rounded with regard to errors over that of rounding to nearest, by "kind dtype".
+        Harm of the weights rounded with regard to errors over that of rounding to nearest, by "sort dtype".
     """
 
     solved: dict[str, float] = field(default_factory=dict)
     rounded: dict[str, float] = field(default_factory=dict)
     quantized: dict[str, float] = field(default_factory=dict)
 
-    def solving(self, kind: str, side: str) -> float:
+    def solving(self, sort: str, side: str) -> float:
         """Give the factor for factors of one side; 1 where nothing was measured."""
-        return self.solved.get(f"{kind} {side}", 1.0)
+        return self.solved.get(f"{sort} {side}", 1.0)
 
-    def rounding(self, kind: str, model: Factors) -> float:
+    def rounding(self, sort: str, model: Factors) -> float:
         """Give what rounding adds to factors, as a fraction of the energy."""
         place = SPARSE if model.dictionary_dtype == "none" else model.side
-        return self.rounded.get(f"{kind} {place} {model.value_dtype}", 0.0)
+        return self.rounded.get(f"{sort} {place} {model.value_dtype}", 0.0)
 
-    def weights(self, kind: str, dtype: str) -> float:
+    def weights(self, sort: str, dtype: str) -> float:
         """Give the factor for weights in a dtype."""
-        return self.quantized.get(f"{kind} {dtype}", 1.0)
+        return self.quantized.get(f"{sort} {dtype}", 1.0)
 
 
 def interpolation_errors(profile: GroupProfile, families: Families) -> NDArray[np.float64]:
     """Give the relative errors of the curves at each inner point, computed from the others."""
     found: list[NDArray[np.float64]] = []
-    for name, side in families.curves(len(profile.out_features)).items():
+    for name, side in families.curves(profile.in_features, profile.out_features).items():
         points = profile.points[name]
         if side == SPARSE:
             curve = ErrorCurve.through([p.n_nonzero for p in points], [p.harm for p in points])
@@ -343,7 +350,7 @@ def _quantized_entries(profile: GroupProfile, families: Families, corrections: C
         ways = [(dense, 0.0, DENSE)]
         for dtype in families.quantized:
             bits = dictionary_bits(width, profile.in_features, dtype) + identity.bits(width, width, 0, "none")
-            cost = profile.quantized[dtype][index] * corrections.weights(profile.kind, dtype)
+            cost = profile.quantized[dtype][index] * corrections.weights(profile.sort, dtype)
             ways.append((bits, cost, dtype))
         joined = [
             Entry(entry.bits + bits, entry.cost + cost, (*entry.choice, dtype))
@@ -366,11 +373,11 @@ def _sparse_entries(
     entries = []
     for value_dtype, _ in families.dtypes:
         model = Factors(d, 0, "input", value_dtype, "none")
-        extra = corrections.rounding(profile.kind, model) * profile.energy
+        extra = corrections.rounding(profile.sort, model) * profile.energy
         between = _between(points[0].n_nonzero, points[-1].n_nonzero)
         for s, harm in zip(between, curve(between).tolist(), strict=True):
             choice = replace(model, n_nonzero=s)
-            cost = harm * corrections.solving(profile.kind, SPARSE) + extra
+            cost = harm * corrections.solving(profile.sort, SPARSE) + extra
             entries.append(Entry(factor_bits(choice, profile, codec, convention), cost, choice))
     return entries
 
@@ -407,7 +414,7 @@ def _output_points(objective: Objective, families: Families) -> tuple[Point, ...
     found = []
     d, n = T.shape
     for k, s in sizes(d, n, _output_families(families), _OUTPUT_SHARES):
-        A, S = pursue_in_metric(T, M, k, s, n_iter=1, cg_steps=3, final_cg_steps=3)
+        A, S = pursue_in_metric(T, M, k, s, n_iter=0, cg_steps=0, final_cg_steps=3)
         E = T - A @ S
         found.append(Point(k, s, _half_per_token(np.sum((E @ M) * E, dtype=np.float64), objective)))
     return tuple(found)

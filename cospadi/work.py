@@ -114,9 +114,13 @@ def check_output(out: Path, resume: bool) -> None:
 def write_durably(path: Path, data: bytes) -> None:
     """Write a whole file or nothing, and be sure that it is on disk."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
+    temporary.write_bytes(data)
+    put_in_place(temporary, path)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, and be sure that it is on disk under it."""
+    with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
     if hasattr(os, "O_DIRECTORY"):

@@ -58,3 +58,12 @@ def test_unreadable_recipes(tmp_path, content, text):
         path.write_text(content)
     with pytest.raises(UsageError, match=text):
         CompressionConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    "option", [{"storage": "quantized"}, {"dictionary": "identity"}, {"side": "output"}, {"limits": ["*=0:0.5"]}]
+)
+def test_the_uniform_allocation_refuses_what_it_would_ignore(option):
+    CompressionConfig.from_dict(option)
+    with pytest.raises(UsageError, match=r"'uniform' knows learned dictionaries .*not .*choose another allocation"):
+        CompressionConfig.from_dict({"allocation": "uniform"} | option)

@@ -26,7 +26,7 @@ from cospadi.profile import SPARSE, Corrections, menu
 from cospadi.solvers.base import SOLVERS
 
 WIDTH = 24
-SHAPES = {"q": 20, "k": 8, "up": 40, "down": 24}
+SHAPES = {"q": 20, "k": 8, "up": 40, "down": 23}
 
 
 def normal(seed, *shape):
@@ -174,7 +174,7 @@ def test_every_strategy_and_cost_meets_the_ratio_from_below(strategy, cost, plan
         # Half a bit: the bits that remain are rounded to whole ones.
         assert reached >= ratio - 0.5 / dense_bits(world.groups)
         # A group may have nothing between two sizes; the knapsack fills up with others.
-        assert reached < ratio + (0.01 if strategy == "knapsack" else 0.2)
+        assert reached < ratio + (0.02 if strategy == "knapsack" else 0.2)
         account = found.account
         assert (account["strategy"], account["cost"]) == (strategy, cost)
         assert account["unused"] == pytest.approx((reached - ratio) / (1 - ratio), abs=1e-4)
@@ -230,11 +230,15 @@ def test_the_knapsack_is_never_worse_than_the_others(plan):
 
 def test_predictions_are_in_units_of_harm_under_every_cost(plan):
     """A relative cost is divided by the energy for the sum alone."""
-    plain = plan(recipe(cost="functional-error", allocation="equal-ratio", storage="factors"))
-    relative = plan(recipe(cost="relative-error", allocation="equal-ratio", storage="factors"))
+    shared = {"allocation": "equal-ratio", "storage": "factors"}
+    plain = plan(recipe(cost="functional-error", column_weights=False, **shared))
+    relative = plan(recipe(cost="relative-error", column_weights=False, **shared))
     assert [u.choice for u in plain.units] == [u.choice for u in relative.units]
     assert [u.predicted for u in plain.units] == pytest.approx([u.predicted for u in relative.units], rel=1e-9)
     assert plain.account["predicted_cost"] == pytest.approx(sum(u.predicted for u in plain.units), rel=1e-9)
+    # A solver that weighs errors otherwise than the allocation ends with a harm that compares with nothing.
+    for options in ({"cost": "functional-error"}, {"cost": "sensitivity", "column_weights": False}):
+        assert all(unit.predicted is None for unit in plan(recipe(**options, **shared)).units)
 
 
 # Limits
@@ -253,7 +257,7 @@ def test_limits_bound_what_a_group_loses(plan):
         for unit in found.units:
             name = unit.group.layers[0].source
             by_group[name] = by_group.get(name, 0) + dense_bits([unit.group]) - unit_bits(unit)
-        shapes = {"q": 28, "up": 40, "down": 24}
+        shapes = {"q": 28, "up": 40, "down": 23}
         return {
             f"b.{b}.{kind}": by_group.get(f"b.{b}.{kind}", 0) / (16 * WIDTH * n)
             for b in range(2)
@@ -357,9 +361,10 @@ def test_corrections_are_what_solving_and_rounding_did(world, tmp_path, monkeypa
     make = world.maker(config)
     profiles = profile_groups(config, families, world.groups, make, kept, lambda done, total: None)
     found = measure_corrections(config, own, families, world.groups, profiles, make, kept)
-    assert {key.split()[0] for key in found.solved} == {"q", "up", "down"}
+    assert {key.split()[0] for key in found.solved} == {"qx2", "upx1", "downx1"}
     assert {key.split()[1] for key in found.solved} == {"input", "output", SPARSE}
-    assert "q output" not in found.solved
+    assert "downx1 output" in found.solved
+    assert not {"qx2 output", "upx1 output"} & set(found.solved)
     assert all(0 < ratio < 1.2 for ratio in found.solved.values())
     assert all(0 <= part < 0.1 for part in found.rounded.values())
     assert all(0 < ratio < 1.5 for ratio in found.quantized.values())
@@ -376,11 +381,11 @@ def test_corrections_are_what_solving_and_rounding_did(world, tmp_path, monkeypa
 
     middle = points[len(points) // 2]
     exact = solved(middle, "bfloat16")[0]
-    assert found.solved["up sparse"] == pytest.approx(exact / middle.harm, rel=1e-9)
+    assert found.solved["upx1 sparse"] == pytest.approx(exact / middle.harm, rel=1e-9)
     for value_dtype in ("bfloat16", "int8"):
         free, stored = solved(points[-1], value_dtype)
         expected = max(stored - free, 0.0) / profile.energy
-        assert found.rounded[f"up sparse {value_dtype}"] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+        assert found.rounded[f"upx1 sparse {value_dtype}"] == pytest.approx(expected, rel=1e-6, abs=1e-12)
     # Kept, for any ratio; with another solver measured again.
     world.made.clear()
     assert measure_corrections(recipe(ratio=0.7), own, families, world.groups, profiles, make, kept) == found
@@ -393,4 +398,4 @@ def test_corrections_are_what_solving_and_rounding_did(world, tmp_path, monkeypa
     entries = menu(profile, families, "bitmask", found).entries
     wanted = Factors(WIDTH, middle.n_nonzero, "input", "bfloat16", "none")
     costs = [entry.cost for entry in entries if entry.choice == wanted]
-    assert costs == pytest.approx([exact + found.rounded["up sparse bfloat16"] * profile.energy], rel=1e-9)
+    assert costs == pytest.approx([exact + found.rounded["upx1 sparse bfloat16"] * profile.energy], rel=1e-9)

@@ -228,9 +228,9 @@ def test_corrections_act_where_they_were_measured(one):
     _, profile = one
     plain = menu(profile, families(), "bitmask", NOTHING)
     found = Corrections(
-        solved={"k0 input": 0.5, "k0 output": 0.25, "k0 sparse": 0.125},
-        rounded={"k0 input int8": 0.01, "k0 sparse int8": 0.02, "k1 input int8": 9.0},
-        quantized={"k0 int8": 0.75},
+        solved={"k0x1 input": 0.5, "k0x1 output": 0.25, "k0x1 sparse": 0.125, "k0x2 input": 7.0},
+        rounded={"k0x1 input int8": 0.01, "k0x1 sparse int8": 0.02, "k1x1 input int8": 9.0},
+        quantized={"k0x1 int8": 0.75},
     )
     for before, after in zip(plain.entries, menu(profile, families(), "bitmask", found).entries, strict=True):
         choice = before.choice
@@ -366,18 +366,19 @@ def test_profiles_grow_by_what_they_lack(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "members", "expected"),
+    ("options", "widths", "expected"),
     [
-        ({}, 1, {"sparse": "sparse", "input 2,3": "input", "output 3": "output"}),
-        ({}, 2, {"sparse": "sparse", "input 2,3": "input"}),
-        ({"dtypes": ()}, 1, {}),
-        ({"learned": False}, 1, {"sparse": "sparse"}),
-        ({"identity": False, "sides": ("output",), "rhos": (2.5,)}, 1, {"output 2.5": "output"}),
-        ({"sparse": False, "identity": False}, 1, {"input dense": "input"}),
+        ({}, (7,), {"sparse": "sparse", "input 2,3": "input", "output 3": "output"}),
+        ({}, (8,), {"sparse": "sparse", "input 2,3": "input"}),
+        ({}, (3, 4), {"sparse": "sparse", "input 2,3": "input"}),
+        ({"dtypes": ()}, (7,), {}),
+        ({"learned": False}, (7,), {"sparse": "sparse"}),
+        ({"identity": False, "sides": ("output",), "rhos": (2.5,)}, (9,), {"output 2.5": "output"}),
+        ({"sparse": False, "identity": False}, (7,), {"input dense": "input"}),
     ],
 )
-def test_curves_that_menus_need(options, members, expected):
-    assert Families(**options).curves(members) == expected
+def test_curves_that_menus_need(options, widths, expected):
+    assert Families(**options).curves(8, widths) == expected
 
 
 @pytest.mark.parametrize(

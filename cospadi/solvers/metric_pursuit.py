@@ -14,7 +14,14 @@ from cospadi.solvers.updates import hard_threshold, solve_atoms, unit_columns
 
 
 def pursue_in_metric(
-    Y: Array, M: Array, n_atoms: int, n_nonzero: int, n_iter: int, cg_steps: int, final_cg_steps: int
+    Y: Array,
+    M: Array,
+    n_atoms: int,
+    n_nonzero: int,
+    n_iter: int,
+    cg_steps: int,
+    final_cg_steps: int,
+    relaxation: float = 1.8,
 ) -> tuple[Array, Array]:
     """Minimise tr((Y - A S) M (Y - A S)^T) over A and column-sparse S.
 
@@ -28,6 +35,8 @@ def pursue_in_metric(
         Sizes; ``n_atoms`` at most d.
     n_iter, cg_steps, final_cg_steps : int
         As for ``HTP``.
+    relaxation : float
+        As for ``HTP``; here the double is taken, because one length for all columns is set by the stiffest of them.
 
     Returns
     -------
@@ -59,7 +68,8 @@ def pursue_in_metric(
         if iteration == n_iter:
             break
         # One step length for all columns: the metric couples them.
-        S = hard_threshold(S + _length(float(xp.sum(C * C)), C, G @ (C @ M)) * C, n_nonzero)
+        length = 2 * relaxation * _length(float(xp.sum(C * C)), C, G @ (C @ M))
+        S = hard_threshold(S + length * C, n_nonzero)
         S, SM = conjugate_gradients_in_metric(G, M, B, S, S @ M, cg_steps)
     A, S, SM = best
     G, B = A.T @ A, A.T @ YM

@@ -4,15 +4,21 @@ With D = I the whitened dictionary is the fixed L^T, and all bytes are left for 
 
     min tr((W - S)^T G (W - S) F)   over S with a given number of non-zeros,
 
-layer-wise pruning with a correction of what remains (Frantar, Alistarh 2023, arXiv 2301.00774, solve it greedily).
-Here by hard thresholding pursuit (Foucart 2011), with the non-zeros spread over the columns by what their errors cost.
+layer-wise pruning with a correction of what remains.  The matrix being fixed, its eigenvectors are found once, and each
+iteration of the alternating direction method of multipliers costs two products (Boyd et al. 2011; for pruning Meng,
+Behdin, Wang, Mazumder 2024, arXiv 2406.07831).  It ends far below hard thresholding pursuit and the greedy removal of
+Frantar, Alistarh 2023 (arXiv 2301.00774).  The non-zeros are spread over the columns by what their errors cost.
 """
 
 import numpy as np
 
 from cospadi.arrays import Array, library_of, namespace
-from cospadi.solvers.htp import column_steps, conjugate_gradients
-from cospadi.solvers.updates import squared_columns
+from cospadi.solvers.htp import conjugate_gradients
+
+_PENALTY = 0.05
+"""First penalty on the distance between the free and the sparse iterate, for a Gram with a unit diagonal."""
+_GROWTH = 1.2
+"""Growth of the penalty in each iteration: the support settles while it is small, and is final when it is large."""
 
 
 def sparse_weight(
@@ -21,8 +27,7 @@ def sparse_weight(
     n_nonzero: int,
     scales: Array | None = None,
     *,
-    n_iter: int = 8,
-    cg_steps: int = 2,
+    n_iter: int = 24,
     final_cg_steps: int = 15,
 ) -> Array:
     """Give S with at most ``n_nonzero`` non-zeros in all and a small tr((W - S)^T G (W - S) F).
@@ -36,8 +41,8 @@ def sparse_weight(
     n_nonzero : int
     scales : array, shape (n_columns,), optional
         Positive square roots of the diagonal of F.
-    n_iter, cg_steps, final_cg_steps : int
-        Rounds of pursuit, and conjugate gradient steps in each of them and at the end.
+    n_iter, final_cg_steps : int
+        Iterations that find the support, and conjugate gradient steps on it at the end.
 
     Returns
     -------
@@ -52,21 +57,34 @@ def sparse_weight(
     if scales is not None:
         Y = Y * scales[None, :]
     S = keep_largest(Y, n_nonzero)
-    best, best_error = S, float("inf")
-    for iteration in range(n_iter + 1):
-        C = G @ (Y - S)
-        error = float(xp.sum((Y - S) * C))
-        if error < best_error:
-            best, best_error = S, error
-        if iteration == n_iter:
-            break
-        S = keep_largest(S + column_steps(squared_columns(C), C, G @ C)[None, :] * C, n_nonzero)
-        S = conjugate_gradients(G, G @ (Y - S), S, cg_steps)
-    refined = conjugate_gradients(G, G @ (Y - best), best, final_cg_steps)
-    E, F = Y - refined, Y - best
-    better = xp.sum(E * (G @ E), axis=0) <= xp.sum(F * (G @ F), axis=0)
-    S = xp.where(better[None, :], refined, best) / roots[:, None]
+    residual = G @ (Y - S)
+    if n_iter > 0:
+        found = _split(Y, G, S, n_nonzero, n_iter)
+        image = G @ (Y - found)
+        if float(xp.sum((Y - found) * image)) <= float(xp.sum((Y - S) * residual)):
+            S, residual = found, image
+    refined = conjugate_gradients(G, residual, S, final_cg_steps)
+    E, F = Y - refined, Y - S
+    better = xp.sum(E * (G @ E), axis=0) <= xp.sum(F * residual, axis=0)
+    S = xp.where(better[None, :], refined, S) / roots[:, None]
     return S if scales is None else S / scales[None, :]
+
+
+def _split(Y: Array, G: Array, S: Array, n_nonzero: int, n_iter: int) -> Array:
+    """Split the problem into a least squares without zeros and a threshold, which their multipliers bring together."""
+    xp = namespace(Y, G)
+    values, vectors = xp.linalg.eigh(xp.astype(G, xp.float64))
+    values = xp.astype(xp.where(values > 0, values, xp.zeros_like(values)), Y.dtype)[:, None]
+    vectors = xp.astype(vectors, Y.dtype)
+    target = values * (vectors.T @ Y)
+    multipliers, penalty = xp.zeros_like(Y), _PENALTY
+    for _ in range(n_iter):
+        free = vectors @ ((target + penalty * (vectors.T @ (S - multipliers))) / (values + penalty))
+        S = keep_largest(free + multipliers, n_nonzero)
+        # In units of the weight, so that the multipliers shrink as the penalty grows.
+        multipliers = (multipliers + free - S) / _GROWTH
+        penalty *= _GROWTH
+    return S
 
 
 def keep_largest(V: Array, n_nonzero: int) -> Array:

@@ -113,7 +113,7 @@ def test_it_gains_much_over_thresholding_where_inputs_correlate():
 
 def test_more_iterations_and_final_steps_do_no_harm():
     W, G = weight(16, 20, 5), gram(16, 5)
-    errors = [squared(W, G, sparse_weight(W, G, 120, n_iter=k, final_cg_steps=0)) for k in range(8)]
+    errors = [squared(W, G, sparse_weight(W, G, 120, n_iter=k, final_cg_steps=0)) for k in (0, 4, 12, 24)]
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(errors))
     errors = [squared(W, G, sparse_weight(W, G, 120, final_cg_steps=k)) for k in (0, 1, 3, 10, 50)]
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(errors))
