@@ -36,12 +36,15 @@ RUNS: dict[str, tuple[dict, tuple[float, ...]]] = {
     "quantised only": ({"storage": "quantized"}, (0.5, 0.65, 0.75)),
     "factors": (FACTORS, (0.2, 0.3, 0.4, 0.5)),
     "learned dictionaries": (LEARNED, (0.2, 0.3, 0.4, 0.5)),
+    "learned dictionaries, admm": (LEARNED | {"solver": "admm"}, (0.2,)),
+    "sparse weights": (FACTORS | {"dictionary": "identity"}, (0.2,)),
     "8-bit factors": ({"storage": "factors", "value_dtype": "int8"}, (0.5, 0.65)),
     # published methods and the uniform budget
     "uniform svd": (UNIFORM | {"solver": "svd"}, (0.2, 0.4)),
     "uniform single-step": (UNIFORM | {"solver": "single-step"}, (0.2, 0.4)),
     "uniform orthogonal": (UNIFORM | {"solver": "orthogonal"}, (0.2, 0.4)),
     "uniform htp": (UNIFORM | {"solver": "htp"}, (0.2, 0.4)),
+    "uniform ksvd": (UNIFORM | {"solver": "ksvd-numpy"}, (0.2,)),
     # one ingredient added to the uniform budget
     "uniform htp + natural groups": (UNIFORM | {"solver": "htp", "groups": "natural"}, (0.2, 0.4)),
     "uniform htp + column weights": (UNIFORM | {"solver": "htp", "column_weights": True}, (0.2,)),

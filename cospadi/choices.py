@@ -1,8 +1,8 @@
 """How a group of layers may be stored: kept dense, as factors, or only quantised."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 DENSE = "dense"
 """Stands for the dtype of a layer that is kept as it is."""
@@ -37,10 +37,6 @@ class Factors:
         """The word for reports."""
         return "factors" if self.dictionary_dtype != "none" else "sparse"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON values."""
-        return {"kind": self.kind, **asdict(self)}
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -59,10 +55,6 @@ class Quantized:
         """The word for reports."""
         return DENSE if set(self.dtypes) == {DENSE} else "quantized"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON values."""
-        return {"kind": self.kind, "dtypes": list(self.dtypes)}
-
 
 Choice = Factors | Quantized
 
@@ -70,12 +62,6 @@ Choice = Factors | Quantized
 def kept_dense(n_members: int) -> Quantized:
     """Give the choice that keeps every member as it is."""
     return Quantized((DENSE,) * n_members)
-
-
-def choice_from_dict(data: dict[str, Any]) -> Choice:
-    """Read what ``to_dict`` gave."""
-    fields = {key: value for key, value in data.items() if key != "kind"}
-    return Quantized(tuple(fields["dtypes"])) if "dtypes" in fields else Factors(**fields)
 
 
 def sides(choice: Factors, in_features: int, out_features: Sequence[int]) -> tuple[int, tuple[int, ...]]:

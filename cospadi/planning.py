@@ -26,18 +26,9 @@ from cospadi.formats.packing import pack_group, unpack_group
 from cospadi.formats.quantization import GRIDS, dequantize
 from cospadi.groups import Group
 from cospadi.measurements import Measurements
+from cospadi.menus import Corrections, interpolation_errors, menu
 from cospadi.objective import Objective
-from cospadi.profile import (
-    SPARSE,
-    Corrections,
-    Families,
-    GroupProfile,
-    Point,
-    interpolation_errors,
-    is_complete,
-    menu,
-    profile_group,
-)
+from cospadi.profile import SPARSE, Families, GroupProfile, Point, is_complete, profile_group
 from cospadi.rounding.dense import quantize_dense
 from cospadi.solvers.htp import HTP
 

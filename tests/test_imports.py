@@ -18,6 +18,7 @@ LEVELS = [
     ["allocation", "backends", "grouping", "rounding", "work", "model_card"],
     ["modules", "experts", "report", "objective", "measurements"],
     ["integrations", "loading", "export", "profile", "factorize"],
+    ["menus"],
     ["planning"],
     ["solving"],
     ["pipeline", "evaluation"],

@@ -13,6 +13,7 @@ from cospadi.formats.packing import group_bits, pack_group, unpack_group
 from cospadi.groups import Group
 from cospadi.layers import Layer
 from cospadi.measurements import Measurements
+from cospadi.menus import Corrections, menu
 from cospadi.objective import objective
 from cospadi.planning import (
     STRATEGIES,
@@ -22,7 +23,7 @@ from cospadi.planning import (
     profile_groups,
     uniform_assignment,
 )
-from cospadi.profile import SPARSE, Corrections, menu
+from cospadi.profile import SPARSE
 from cospadi.solvers.base import SOLVERS
 
 WIDTH = 24

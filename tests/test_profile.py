@@ -10,26 +10,16 @@ import torch
 
 from cospadi.allocation.menu import Menu
 from cospadi.calibration.gradients import SourceStatistics
-from cospadi.choices import DENSE, Factors, Quantized, choice_from_dict, kept_dense, sides
+from cospadi.choices import DENSE, Factors, Quantized, kept_dense, sides
 from cospadi.errors import CheckpointError
 from cospadi.factorization import SparseFactorization
 from cospadi.formats.dictionary import dictionary_dtype_of
 from cospadi.formats.packing import pack_group, unpack_group
 from cospadi.groups import Group
 from cospadi.layers import Layer
+from cospadi.menus import Corrections, interpolation_errors, menu
 from cospadi.objective import objective
-from cospadi.profile import (
-    SPARSE,
-    Corrections,
-    Families,
-    GroupProfile,
-    Point,
-    interpolation_errors,
-    is_complete,
-    menu,
-    profile_group,
-    sizes,
-)
+from cospadi.profile import SPARSE, Families, GroupProfile, Point, is_complete, profile_group, sizes
 from cospadi.solvers.base import Problem
 from cospadi.solvers.svd import SVD
 from cospadi.solvers.updates import hard_threshold, leading_left_singular_vectors, least_squares_dictionary
@@ -394,15 +384,7 @@ def test_what_is_no_profile_is_refused(text, one):
             GroupProfile.from_json(json.dumps(data | change))
 
 
-def test_choices_survive_as_json():
-    for choice in (
-        Factors(3, 2),
-        Factors(8, 2, "output", "int8", "int8"),
-        Factors(8, 2, dictionary_dtype="none"),
-        kept_dense(3),
-        Quantized(("int8", DENSE)),
-    ):
-        assert choice_from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
+def test_words_for_choices():
     assert [kept_dense(2).kind, Quantized(("int8", DENSE)).kind] == ["dense", "quantized"]
     assert [Factors(3, 2).kind, Factors(3, 2, dictionary_dtype="none").kind] == ["factors", "sparse"]
 

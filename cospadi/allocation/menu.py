@@ -87,11 +87,6 @@ def pareto_indices(menu: Menu) -> list[int]:
     return kept
 
 
-def pareto(menu: Menu) -> Menu:
-    """Give the menu without dominated entries: bits rise and costs fall strictly."""
-    return replace(menu, entries=tuple(menu.entries[i] for i in pareto_indices(menu)))
-
-
 def restrict(menu: Menu, floor: float = 0.0, ceiling: float = 1.0) -> Menu:
     """Give the menu with the entries that remove between ``floor`` and ``ceiling`` of the dense bits.
 

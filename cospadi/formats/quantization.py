@@ -55,11 +55,6 @@ class Grid:
         return torch.float32 if self.group is None else torch.bfloat16
 
     @property
-    def scale_bits(self) -> int:
-        """Bits of one stored scale."""
-        return 8 * self.scale_dtype.itemsize
-
-    @property
     def scale_significant_bits(self) -> int:
         """Significant bits of a scale: 16 of the 24 that float32 has, all 8 of bfloat16."""
         return 16 if self.group is None else 8

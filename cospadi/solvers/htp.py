@@ -71,12 +71,7 @@ class HTP(Solver):
 
     def _factorize(self, target: Array, n_atoms: int, n_nonzero: int, seed: int) -> Solution:
         Y = target
-        if self.start == "orthogonal" and n_atoms <= Y.shape[0]:
-            A, S = alternate(Y, n_atoms, n_nonzero, START_ALTERNATIONS)
-        elif n_atoms <= Y.shape[0]:
-            A, S = spectral_start(Y, n_atoms, n_nonzero)
-        else:
-            A, S = overcomplete_start(Y, n_atoms, n_nonzero, seed)
+        A, S = first_factors(Y, n_atoms, n_nonzero, seed, self.start)
         best, best_error = (A, S), float("inf")
         for iteration in range(self.n_iter + 1):
             A, sizes = unit_columns(least_squares_dictionary(Y, S, A))
@@ -108,6 +103,23 @@ class HTP(Solver):
         steps = self.n_iter, self.cg_steps, self.final_cg_steps
         A, S = pursue_in_metric(target, metric, n_atoms, n_nonzero, *steps, relaxation=self.relaxation)
         return Solution(A, S, Status.MAX_ITERATIONS, {"iterations": self.n_iter})
+
+
+def first_factors(
+    Y: Array, n_atoms: int, n_nonzero: int, seed: int, start: Literal["single-step", "orthogonal"] = "orthogonal"
+) -> tuple[Array, Array]:
+    """Give a dictionary and coefficients to start from; see ``HTP``.
+
+    Returns
+    -------
+    A : array, shape (in_features, n_atoms)
+    S : array, shape (n_atoms, n_columns)
+    """
+    if n_atoms > Y.shape[0]:
+        return overcomplete_start(Y, n_atoms, n_nonzero, seed)
+    if start == "orthogonal":
+        return alternate(Y, n_atoms, n_nonzero, START_ALTERNATIONS)
+    return spectral_start(Y, n_atoms, n_nonzero)
 
 
 def overcomplete_start(Y: Array, n_atoms: int, n_nonzero: int, seed: int) -> tuple[Array, Array]:

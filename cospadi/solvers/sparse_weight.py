@@ -15,10 +15,9 @@ import numpy as np
 from cospadi.arrays import Array, library_of, namespace
 from cospadi.solvers.htp import conjugate_gradients
 
-_PENALTY = 0.05
-"""First penalty on the distance between the free and the sparse iterate, for a Gram with a unit diagonal."""
-_GROWTH = 1.2
-"""Growth of the penalty in each iteration: the support settles while it is small, and is final when it is large."""
+_FIRST_PENALTY, _LAST_PENALTY = 0.05, 4.0
+"""On the distance between the free and the sparse iterate, for a Gram with a unit diagonal: the supports settle while it
+is small, and are final when it is large."""
 
 
 def sparse_weight(
@@ -27,8 +26,8 @@ def sparse_weight(
     n_nonzero: int,
     scales: Array | None = None,
     *,
-    n_iter: int = 24,
-    final_cg_steps: int = 15,
+    n_iter: int = 16,
+    final_cg_steps: int = 5,
 ) -> Array:
     """Give S with at most ``n_nonzero`` non-zeros in all and a small tr((W - S)^T G (W - S) F).
 
@@ -77,13 +76,14 @@ def _split(Y: Array, G: Array, S: Array, n_nonzero: int, n_iter: int) -> Array:
     values = xp.astype(xp.where(values > 0, values, xp.zeros_like(values)), Y.dtype)[:, None]
     vectors = xp.astype(vectors, Y.dtype)
     target = values * (vectors.T @ Y)
-    multipliers, penalty = xp.zeros_like(Y), _PENALTY
+    multipliers, penalty = xp.zeros_like(Y), _FIRST_PENALTY
+    growth = (_LAST_PENALTY / _FIRST_PENALTY) ** (1 / n_iter)
     for _ in range(n_iter):
         free = vectors @ ((target + penalty * (vectors.T @ (S - multipliers))) / (values + penalty))
         S = keep_largest(free + multipliers, n_nonzero)
         # In units of the weight, so that the multipliers shrink as the penalty grows.
-        multipliers = (multipliers + free - S) / _GROWTH
-        penalty *= _GROWTH
+        multipliers = (multipliers + free - S) / growth
+        penalty *= growth
     return S
 
 

@@ -19,6 +19,7 @@ def test_every_built_in_solver_is_registered_and_only_cupy_may_be_missing():
     expected = {
         "auto",
         "htp",
+        "admm",
         "ksvd-numpy",
         "ksvd-torch",
         "mod",
