@@ -93,8 +93,8 @@ class CompressionConfig(_Strict):
         Side of the weight that the dictionary is on.  ``output`` factors the transpose, for layers that share no
         dictionary, with solvers that can; the uniform allocation knows ``input`` only.
     limits : tuple of str
-        Least and largest part of its bytes that a layer may lose, as PATTERN=LOW:HIGH; the last pattern that matches a
-        group's first layer counts.  PATTERN=0:0 keeps layers dense within the budget.
+        Least and largest part of its bytes that a group may lose, as PATTERN=LOW:HIGH; the last pattern that matches
+        one of its layers counts.  PATTERN=0:0 keeps layers dense within the budget.
     groups : str or list of lists of str
         Which layers share a dictionary: ``none``, ``natural`` (those that receive the same input), ``natural:N`` (these
         over runs of N blocks), ``consecutive:N`` (runs of N layers of the same kind) or ``matching`` (natural groups in

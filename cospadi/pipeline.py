@@ -38,6 +38,7 @@ from cospadi.objective import Objective
 from cospadi.planning import (
     Assignment,
     allocate,
+    check_plan,
     families_of,
     measure_corrections,
     profile_groups,
@@ -111,8 +112,7 @@ def compress(
     matching = config.groups == "matching"
     groups = tuple(form_groups(mapped.layers, "natural" if matching else config.groups))
     check_order(config, groups)
-    if config.allocation == "uniform":
-        uniform_assignment(config, method, groups)  # what cannot work is said before the long calibration
+    check_plan(config, method, groups)
 
     fingerprints = _fingerprint(source, windows, config)
     folder = WorkFolder(out, fingerprints, resume)

@@ -102,6 +102,24 @@ def uniform_assignment(config: CompressionConfig, method: Method, groups: Sequen
     return Assignment(tuple(units), tuple(dense), {"strategy": "uniform"})
 
 
+def check_plan(config: CompressionConfig, method: Method, groups: Sequence[Group]) -> None:
+    """Say what cannot work before the long calibration.
+
+    Raises
+    ------
+    UsageError
+        The solver cannot do what the recipe asks for, a limit matches no layer, or nothing would change.
+    """
+    if config.allocation == "uniform":
+        uniform_assignment(config, method, groups)
+        return
+    families_of(config, method)
+    names = [layer.name for group in groups for layer in group.layers]
+    for text in config.limits:
+        if not fnmatch.filter(names, read_limit(text)[0]):
+            raise UsageError(f"limit {text!r} matches no layer; they are named like {names[0]!r}")
+
+
 def families_of(config: CompressionConfig, method: Method) -> Families:
     """Give what the recipe lets the menus offer.
 
@@ -189,7 +207,6 @@ def allocate(
     UsageError
         The bytes or the limits cannot be met.
     """
-    _check_limits(groups, config.limits)
     menus = [
         _costed(_limited(menu(p, families, method.format, corrections, config.convention), g, config.limits), p, config)
         for p, g in zip(profiles, groups, strict=True)
@@ -226,19 +243,11 @@ def _per_cost(profile: GroupProfile, config: CompressionConfig) -> float:
     return max(profile.energy, 1e-300) if config.cost == "relative-error" else 1.0
 
 
-def _check_limits(groups: Sequence[Group], limits: Sequence[str]) -> None:
-    """Refuse a limit that matches no group, which would do nothing without a word."""
-    names = [group.name for group in groups]
-    for text in limits:
-        if not fnmatch.filter(names, read_limit(text)[0]):
-            raise UsageError(f"limit {text!r} matches the first layer of no group; these are named like {names[0]!r}")
-
-
 def _limited(menu: Menu, group: Group, limits: Sequence[str]) -> Menu:
     low, high = 0.0, 1.0
     for text in limits:
         pattern, least, most = read_limit(text)
-        if fnmatch.fnmatchcase(group.name, pattern):
+        if any(fnmatch.fnmatchcase(layer.name, pattern) for layer in group.layers):
             low, high = least, most
     return menu if (low, high) == (0.0, 1.0) else restrict(menu, low, high)
 

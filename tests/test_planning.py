@@ -18,6 +18,7 @@ from cospadi.objective import objective
 from cospadi.planning import (
     STRATEGIES,
     allocate,
+    check_plan,
     families_of,
     measure_corrections,
     profile_groups,
@@ -283,13 +284,32 @@ def test_limits_bound_what_a_group_loses(plan):
         ({"ratio": 0.3, "limits": ("*=0:0",)}, "ask for a ratio of at most 0,"),
         ({"ratio": 0.3, "limits": ("*.up=0.98:1",)}, "b.0.up: no way of storing it"),
         ({"ratio": 1e-9, "limits": ("*=0:0",)}, "nothing would change"),
-        ({"limits": ("*=0:1", "*.k=0:0.3")}, "limit '*.k=0:0.3' matches the first layer of no group"),
     ],
 )
 def test_what_cannot_be_met_is_said(options, text, plan):
     with pytest.raises(UsageError) as caught:
         plan(recipe(**options))
     assert text in str(caught.value)
+
+
+def test_a_limit_on_any_member_bounds_its_group(plan):
+    found = plan(recipe(ratio=0.3, limits=("*.k=0:0",)))
+    dense = {layer.name for group in found.dense for layer in group.layers}
+    assert {"b.0.q", "b.0.k", "b.1.q", "b.1.k"} <= dense
+
+
+@pytest.mark.parametrize(
+    ("options", "solver", "text"),
+    [
+        ({"limits": ("*=0:1", "*.gate=0:0.3")}, "htp", r"limit '\*.gate=0:0.3' matches no layer; .* 'b.0.q'"),
+        ({"side": "output"}, "orthogonal", "side 'output' needs a solver with a metric on both sides: htp"),
+        ({"allocation": "uniform", "ratio": 0.999}, "htp", "no layer is large enough"),
+    ],
+)
+def test_what_cannot_work_is_said_beforehand(options, solver, text, world):
+    check_plan(recipe(), method(), world.groups)
+    with pytest.raises(UsageError, match=text):
+        check_plan(recipe(**options), method(solver), world.groups)
 
 
 # The paper's convention, uniform

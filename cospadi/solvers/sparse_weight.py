@@ -26,7 +26,7 @@ def sparse_weight(
     n_nonzero: int,
     scales: Array | None = None,
     *,
-    n_iter: int = 16,
+    n_iter: int = 12,
     final_cg_steps: int = 5,
 ) -> Array:
     """Give S with at most ``n_nonzero`` non-zeros in all and a small tr((W - S)^T G (W - S) F).

@@ -1,7 +1,7 @@
 """Layers to measure: shapes, sizes at honest bytes, and random factors of those sizes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -112,12 +112,8 @@ class Layer:
         """Give the same layer elsewhere in memory."""
         scales = self.dictionary.scales
         dictionary = PackedDictionary(self.dictionary.values.clone(), None if scales is None else scales.clone())
-        packed = self.coefficients
-        tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
-        coefficients = PackedCoefficients(
-            packed.format, packed.n_atoms, packed.out_features, packed.value_dtype, tensors
-        )
-        return Layer(self.size, dictionary, coefficients, self.weight.clone())
+        tensors = {name: tensor.clone() for name, tensor in self.coefficients.tensors.items()}
+        return Layer(self.size, dictionary, replace(self.coefficients, tensors=tensors), self.weight.clone())
 
     def expected(self, x: Tensor) -> Tensor:
         """Give x D S of the stored factors in float64."""
