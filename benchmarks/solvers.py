@@ -1,8 +1,8 @@
 """Functional error and seconds of every solver on named layers of the embedded model, at equal honest bytes.
 
-    python benchmarks/solvers.py --grams FOLDER
+    python benchmarks/solvers.py --statistics FOLDER
 
-FOLDER holds Grams as ``benchmarks/quality.py --grams`` leaves them (one folder for each calibration).
+FOLDER is the cache that ``benchmarks/quality.py --cache`` leaves (one folder in it for each calibration).
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from common import save_result
 
 from cospadi.allocation.budget import Budget, GroupShape
-from cospadi.calibration.statistics import Gram
+from cospadi.calibration.gradients import SourceStatistics
 from cospadi.embedded import embedded_model
 from cospadi.formats.base import FORMATS
 from cospadi.layers import weight_matrix
@@ -38,23 +38,26 @@ SOLVERS_AND_OPTIONS = [
     ("svd", {}),
     ("single-step", {}),
     ("orthogonal", {}),
-    ("ksvd-torch", {"n_iter": 60, "tolerance": 0}),
+    ("ksvd-numpy", {"block": 1, "power_iterations": 8, "pursue_every": 1, "init": "columns", "tolerance": 0}),
+    ("ksvd-numpy", {}),
+    ("ksvd-numpy", {"init": "htp", "polish": "htp"}),
     ("htp", {}),
     ("htp", {"n_iter": 60}),
+    ("admm", {}),
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grams", type=Path, required=True)
+    parser.add_argument("--statistics", type=Path, required=True)
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--targets", type=Path, help="also save each whitened layer there, as NAME.npz")
     args = parser.parse_args()
-    folder = next(p for p in sorted(args.grams.iterdir()) if p.is_dir())
+    folder = next(p for p in sorted(args.statistics.iterdir()) if p.is_dir())
     modules = dict(open_model(embedded_model(), torch.device("cpu")).model.named_modules())
     rows = []
     for name, source in LAYERS.items():
-        gram = Gram.load(folder / f"{source}.safetensors", source)
+        gram = SourceStatistics.load(folder / f"{source}.safetensors").gram
         whitening = whitening_from_gram(gram.matrix, gram.n_tokens)
         target = whitening.whiten(weight_matrix(modules[name])).float()
         if args.targets:
@@ -79,7 +82,7 @@ def main() -> None:
             }
             rows.append(row)
             print(f"{name:36s} {row['solver']:52s} {row['relative_error']:.5f} {row['seconds']:8.2f} s", flush=True)
-    save_result("solvers", {"ratio": args.ratio, "grams": folder.name, "rows": rows})
+    save_result("solvers", {"ratio": args.ratio, "statistics": folder.name, "rows": rows})
 
 
 def solution_in_double(solution):

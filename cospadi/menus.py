@@ -51,7 +51,7 @@ class Corrections:
 
 
 def menu(
-    profile: GroupProfile, families: Families, format: str, corrections: "Corrections", convention: str = "honest"
+    profile: GroupProfile, families: Families, format: str, corrections: Corrections, convention: str = "honest"
 ) -> Menu:
     """List every way of storing one group with its bits and its predicted harm.
 
@@ -146,7 +146,7 @@ def _between(low: int, high: int) -> list[int]:
 
 
 def _sparse_entries(
-    profile: GroupProfile, families: Families, codec: Format, corrections: "Corrections", convention: str
+    profile: GroupProfile, families: Families, codec: Format, corrections: Corrections, convention: str
 ) -> list[Entry]:
     points, d = profile.points[SPARSE], profile.in_features
     curve = ErrorCurve.through([p.n_nonzero for p in points], [p.harm for p in points])

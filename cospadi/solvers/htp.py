@@ -51,8 +51,8 @@ class HTP(Solver):
     """
 
     n_iter: int = 15
-    cg_steps: int = 2
-    final_cg_steps: int = 10
+    cg_steps: int = 1
+    final_cg_steps: int = 5
     start: Literal["single-step", "orthogonal"] = "orthogonal"
     relaxation: float = 1.8
 

@@ -16,8 +16,8 @@ from cospadi.arrays import Array, library_of, namespace
 from cospadi.solvers.htp import conjugate_gradients
 
 _FIRST_PENALTY, _LAST_PENALTY = 0.05, 4.0
-"""On the distance between the free and the sparse iterate, for a Gram with a unit diagonal: the supports settle while it
-is small, and are final when it is large."""
+"""On the distance between the free and the sparse iterate, for a Gram with a unit diagonal: the supports settle while
+it is small, and are final when it is large."""
 
 
 def sparse_weight(

@@ -50,7 +50,7 @@ def test_a_diagonal_metric_stands_for_column_weights():
         f = np.random.default_rng(seed).uniform(0.01, 9, 30)
         weighted = HTP().solve(Problem(Y, 12, 5, column_weights=f))
         turned = HTP().solve(Problem(Y, 12, 5, column_metric=np.diag(f)))
-        assert squared(Y, np.diag(f), turned) <= 1.1 * squared(Y, np.diag(f), weighted)
+        assert squared(Y, np.diag(f), turned) <= 1.2 * squared(Y, np.diag(f), weighted)
 
 
 def test_it_gains_from_what_the_diagonal_does_not_tell():
