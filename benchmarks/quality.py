@@ -36,6 +36,7 @@ RUNS: dict[str, tuple[dict, tuple[float, ...]]] = {
     "quantised only": ({"storage": "quantized"}, (0.5, 0.65, 0.75)),
     "factors": (FACTORS, (0.2, 0.3, 0.4, 0.5)),
     "learned dictionaries": (LEARNED, (0.2, 0.3, 0.4, 0.5)),
+    "learned, 10 iterations": (LEARNED | {"solver": "htp", "solver_options": {"n_iter": 10}}, (0.2,)),
     "learned dictionaries, admm": (LEARNED | {"solver": "admm"}, (0.2,)),
     "sparse weights": (FACTORS | {"dictionary": "identity"}, (0.2,)),
     "8-bit factors": ({"storage": "factors", "value_dtype": "int8"}, (0.5, 0.65)),

@@ -34,11 +34,12 @@ LAYERS = {
 }
 """Layer to the layer under whose name the Gram of its input is kept."""
 
+PAPER = {"block": 1, "power_iterations": 8, "pursue_every": 1, "init": "columns", "tolerance": 0, "n_iter": 20}
 SOLVERS_AND_OPTIONS = [
     ("svd", {}),
     ("single-step", {}),
     ("orthogonal", {}),
-    ("ksvd-numpy", {"block": 1, "power_iterations": 8, "pursue_every": 1, "init": "columns", "tolerance": 0}),
+    ("ksvd-numpy", PAPER),
     ("ksvd-numpy", {}),
     ("ksvd-numpy", {"init": "htp", "polish": "htp"}),
     ("htp", {}),
