@@ -49,10 +49,13 @@ class ADMM(Solver):
 
     def _factorize(self, target: Array, n_atoms: int, n_nonzero: int, seed: int) -> Solution:
         start = first_factors(target, n_atoms, n_nonzero, seed)
-        found = polished(target, *self._split(target, *start, n_nonzero), n_nonzero, 1, self.cg_steps)
-        if _error(target, *found) > _error(target, *start):
-            found = polished(target, *start, n_nonzero, 1, self.cg_steps)
-        return Solution(*found, Status.MAX_ITERATIONS, {"iterations": self.n_iter})
+        # Penalties that do not suit the problem leave the start behind; nothing may end above it.
+        ends = [
+            polished(target, *one, n_nonzero, 1, self.cg_steps)
+            for one in (start, self._split(target, *start, n_nonzero))
+        ]
+        best = min(ends, key=lambda end: _error(target, *end))
+        return Solution(*best, Status.MAX_ITERATIONS, {"iterations": self.n_iter})
 
     def _split(self, Y: Array, A: Array, S: Array, n_nonzero: int) -> tuple[Array, Array]:
         xp = namespace(Y)
