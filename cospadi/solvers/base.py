@@ -126,7 +126,7 @@ class Solver(abc.ABC):
 
     def _factorize_in_metric(self, target: Array, metric: Array, n_atoms: int, n_nonzero: int) -> Solution:
         """Factorise a target whose columns are scaled so that the metric has a unit diagonal."""
-        raise NotImplementedError
+        raise UsageError(f"{type(self).__name__} takes no column metric: use htp, or column_weights")
 
     @final
     def solve(self, problem: Problem) -> Solution:
@@ -166,8 +166,6 @@ class Solver(abc.ABC):
             target = target * weights[None, :]
         metric = None
         if problem.column_metric is not None:
-            if not self.takes_column_metric:
-                raise UsageError(f"{type(self).__name__} takes no column metric: use htp, or column_weights")
             metric = xp.astype(convert(problem.column_metric, library), target.dtype)
             weights = xp.sqrt(xp.linalg.diagonal(metric))
             if not bool(xp.all(xp.isfinite(metric))):
