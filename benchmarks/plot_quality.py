@@ -29,7 +29,8 @@ CURVES = {
 
 def main() -> None:
     data = json.loads((RESULTS / "quality.json").read_text())
-    rows = data["rows"] + uniform_rows()
+    measured = {(row["name"], row["ratio"]) for row in data["rows"]}
+    rows = data["rows"] + [row for row in uniform_rows() if (row["name"], row["ratio"]) not in measured]
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     for name, (label, style) in CURVES.items():
         points = sorted(
