@@ -6,8 +6,8 @@ With D = I the whitened dictionary is the fixed L^T, and all bytes are left for 
 
 layer-wise pruning with a correction of what remains.  The matrix being fixed, its eigenvectors are found once, and each
 iteration of the alternating direction method of multipliers costs two products (Boyd et al. 2011; for pruning Meng,
-Behdin, Wang, Mazumder 2024, arXiv 2406.07831).  It ends far below hard thresholding pursuit and the greedy removal of
-Frantar, Alistarh 2023 (arXiv 2301.00774).  The non-zeros are spread over the columns by what their errors cost.
+Behdin, Wang, Mazumder 2024, arXiv 2406.07831; Frantar, Alistarh 2023, arXiv 2301.00774, remove entries greedily).  The
+non-zeros are spread over the columns by what their errors cost.
 """
 
 import numpy as np
