@@ -47,6 +47,9 @@ class CalibrationConfig(_Strict):
     labels : {"model", "text"}
         Where the labels come from whose gradients tell how sensitive the loss is to each output: drawn from the
         model's own predictions (Fisher information), or the text's next tokens (the empirical variant).
+    parts : int
+        The windows are walked through in so many parts, whose sums are then added: several workers can share them, and
+        an interruption costs at most one.  Changes the result by rounding only.
     """
 
     text: str | None = None
@@ -57,6 +60,7 @@ class CalibrationConfig(_Strict):
     mixing: float = Field(default=0.5, ge=0, le=1)
     ridge: float = Field(default=0.1, ge=0)
     labels: Literal["model", "text"] = "model"
+    parts: int = Field(default=1, ge=1)
 
 
 class CompressionConfig(_Strict):

@@ -18,7 +18,11 @@ def is_linear(module: nn.Module) -> bool:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """Give W, shape (in_features, out_features), a view of the module's weight."""
-    weight = module.get_parameter("weight").detach()
+    return oriented(module, module.get_parameter("weight").detach())
+
+
+def oriented(module: nn.Module, weight: Tensor) -> Tensor:
+    """Give W, shape (in_features, out_features), a view of a weight as the module stores it."""
     return weight.T if isinstance(module, nn.Linear) else weight
 
 

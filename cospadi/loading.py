@@ -2,18 +2,24 @@
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from cospadi.backends.base import BACKENDS
-from cospadi.errors import CheckpointError, UnavailableError, UsageError
+from cospadi.errors import CheckpointError, CospadiError, UnavailableError, UsageError
 from cospadi.formats.checkpoint import QUANT_METHOD
-from cospadi.formats.verify import read_json, stays_inside, verify_checkpoint
+from cospadi.formats.checksums import CHECKSUMS
+from cospadi.formats.folder import one_line, read_json, shown, stays_inside
+from cospadi.formats.headers import StoredTensor, read_headers
+from cospadi.formats.verify import verify_checkpoint
 from cospadi.models import model_class
 
-_NOT_COPIED = {"config.json", "generation_config.json", "README.md", "report.json", "recipe.yaml"}
+_NOT_COPIED = {"config.json", "generation_config.json", "README.md", "report.json", "recipe.yaml", CHECKSUMS}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".py")
 
 
@@ -22,6 +28,7 @@ def load(
     backend: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    checksums: bool = True,
 ) -> Any:
     """Load a compressed model, ready to run.
 
@@ -35,6 +42,8 @@ def load(
         Of the tensors outside the compressed layers; as stored if not given.
     device : torch.device, optional
         Where to put the model; the CPU if not given.
+    checksums : bool
+        Compare the files with SHA256SUMS, where the folder has one, which reads all of them once more.
 
     Returns
     -------
@@ -53,16 +62,33 @@ def load(
     """
     folder = Path(path)
     require_checkpoint(folder)
-    checkpoint = verify_checkpoint(folder)
+    checkpoint = verify_checkpoint(folder, checksums=checksums)
     name = backend or checkpoint.backend
     state = BACKENDS.availability(name)
     if not state:
         whose = "" if backend else ", which the checkpoint recommends,"
         raise UnavailableError(f"backend {name!r}{whose} cannot run here: {state.reason}; backend='auto' chooses one")
+    with _opening(folder):
+        model, info = _open(folder, name, dtype)
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise CheckpointError(f"{folder}: the model needs tensor {lacking[0]}, which is missing or of another shape")
+    # The choice is for this run: what is saved keeps the recommendation.
+    described = model.config.quantization_config
+    described.checkpoint = described.checkpoint.with_backend(checkpoint.backend)
+    return model if device is None else model.to(device)
+
+
+def _open(folder: Path, backend: str, dtype: torch.dtype | str | None) -> tuple[Any, dict[str, Any]]:
+    """Give the model of a checked folder, with a backend for this run, and what transformers says of its tensors."""
     from transformers import AutoConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    config.quantization_config["backend"] = name
+    described = AutoQuantizationConfig.from_dict({**config.quantization_config, "backend": backend})
+    described.checksums = False  # they have been compared, or are not to be
+    config.quantization_config = described
+    _refuse_absurd_counts(config, read_headers(folder))
     model, info = model_class(config).from_pretrained(
         folder,
         config=config,
@@ -72,13 +98,37 @@ def load(
         use_safetensors=True,
         trust_remote_code=False,
     )
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
-        raise CheckpointError(f"{folder}: the model needs tensor {lacking[0]}, which is missing or of another shape")
-    # The choice is for this run: what is saved keeps the recommendation.
-    described = model.config.quantization_config
-    described.checkpoint = described.checkpoint.with_backend(checkpoint.backend)
-    return model if device is None else model.to(device)
+    return model, info
+
+
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """Turn what a damaged configuration makes transformers raise into one line.
+
+    Raises
+    ------
+    CheckpointError
+        With that error, unless it is one of ours.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    raised = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+    try:
+        yield
+    except CospadiError:
+        raise
+    except (*raised, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        text = one_line(f"{type(error).__name__}: {error}")
+        raise CheckpointError(f"{folder}: transformers cannot open it ({text})") from error
+
+
+def _refuse_absurd_counts(config: Any, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse more layers or experts than there are tensors for: their skeleton alone would take time and memory."""
+    most = max([len(tensors), *(stored.shape[0] for stored in tensors.values() if len(stored.shape) == 3)])
+    for key in ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts"):
+        count = getattr(config.get_text_config(), key, 0)
+        if isinstance(count, int) and count > most:
+            raise CheckpointError(f"config.json: {key} is {shown(count)}, but the tensors suffice for {most} at most")
 
 
 def decompress(path: str | Path, out: str | Path, dtype: torch.dtype | str | None = None) -> Path:
@@ -149,7 +199,7 @@ def require_checkpoint(folder: Path) -> None:
         raise UsageError(f"{folder} is a dense model: open it with transformers, or compress it first")
     method = described.get("quant_method") if isinstance(described, dict) else described
     if method != QUANT_METHOD:
-        raise UsageError(f"{folder} is a model quantised with {method!r}, not one compressed by cospadi")
+        raise UsageError(f"{folder} is a model quantised with {shown(method)}, not one compressed by cospadi")
 
 
 def _companions(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """What may be chosen for a group, from its profile: every way of storing it with its bytes and its predicted harm."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from cospadi.allocation.curves import ErrorCurve
 from cospadi.allocation.menu import Entry, Menu
 from cospadi.choices import DENSE, Factors, Quantized, kept_dense, sides
+from cospadi.errors import CheckpointError
 from cospadi.formats.base import FORMATS, Format
 from cospadi.formats.dictionary import dictionary_bits
 from cospadi.formats.packing import group_bits
@@ -35,6 +37,26 @@ class Corrections:
     solved: dict[str, float] = field(default_factory=dict)
     rounded: dict[str, float] = field(default_factory=dict)
     quantized: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Give a text that ``from_json`` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Corrections":
+        """Read what ``to_json`` gave.
+
+        Raises
+        ------
+        CheckpointError
+            It is something else.
+        """
+        try:
+            data = json.loads(text)
+            parts = {key: {str(sort): float(value) for sort, value in data[key].items()} for key in asdict(cls())}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"not saved corrections ({error})") from error
+        return cls(**parts)
 
     def solving(self, sort: str, side: str) -> float:
         """Give the factor for factors of one side; 1 where nothing was measured."""

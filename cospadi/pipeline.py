@@ -4,51 +4,61 @@ map the model -> form groups -> collect statistics -> profile and allocate -> fo
 record -> write the checkpoint folder.
 """
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cospadi.calibration.collectors import GramCollector
+from cospadi import heap
 from cospadi.calibration.data import fingerprint, read_text, token_windows
-from cospadi.calibration.gradients import SourceStatistics
-from cospadi.calibration.lockstep import Lockstep, forward_call
-from cospadi.calibration.sensitivity import collect_statistics
+from cospadi.calibration.lockstep import forward_call
+from cospadi.calibration.sensitivity import largest_batch
 from cospadi.calibration.statistics import Gram
+from cospadi.collecting import calibrate
+from cospadi.collecting import collect_grams as grams_by_block
 from cospadi.config import CompressionConfig
+from cospadi.durable import write_durably
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
-from cospadi.events import Calibrated, Listener, Planned, Profiled, Written
-from cospadi.experts import fuse_experts, split_experts
+from cospadi.events import Listener, Planned, PlannedUnit, Retried, Written
+from cospadi.execution import Execution
+from cospadi.executors import devices_of_workers, make_executor
+from cospadi.executors.threads import available_threads
+from cospadi.experts import fuse_experts
 from cospadi.export import write_checkpoint
 from cospadi.factorize import Method
 from cospadi.formats.base import FORMATS
+from cospadi.formats.folder import read_json
 from cospadi.grouping import match_groups, pair_distances
 from cospadi.groups import Group, form_groups
-from cospadi.layers import ModelMap, map_model, weight_matrix
+from cospadi.inputs import Reader, SharedFolders, read_inputs
+from cospadi.job import Job, is_sensitive
+from cospadi.layers import ModelMap, map_model
 from cospadi.measurements import Measurements
+from cospadi.memory import plan_memory
 from cospadi.models import OpenModel, open_model
-from cospadi.objective import Objective
 from cospadi.planning import (
     Assignment,
     allocate,
     check_plan,
+    correction_paths,
     families_of,
     measure_corrections,
     profile_groups,
+    profile_paths,
     uniform_assignment,
 )
 from cospadi.report import Report, machine, totals, versions, write_report
 from cospadi.solvers.auto import Auto
 from cospadi.solvers.base import SOLVERS
-from cospadi.solving import Job, check_order, solve
-from cospadi.work import WorkFolder, check_output, write_durably
+from cospadi.solving import check_order, cost_of, solve
+from cospadi.work import WORK, WorkFolder, check_output, clear_finished, is_finished, read_fingerprint
 
 
 def compress(
@@ -60,6 +70,8 @@ def compress(
     windows: Tensor | None = None,
     cache: str | Path | None = None,
     resume: bool = False,
+    execution: Execution | None = None,
+    command: str | None = None,
     on_event: Listener | None = None,
 ) -> Report:
     """Compress a model into a checkpoint folder.
@@ -80,7 +92,12 @@ def compress(
         Folder that keeps the statistics and the profile, so that another ratio of the same model costs only allocation
         and solving; several models and recipes may share one.  Without it they are deleted with the records.
     resume : bool
-        Continue what an interrupted run left in ``out``; starts afresh where there is nothing.
+        Continue what an interrupted run left in ``out``; starts afresh where there is nothing, and gives the report of
+        a run that has ended.
+    execution : Execution, optional
+        Where and within how much memory to work; by default in this process, with the whole model in memory.
+    command : str, optional
+        The command line, for ``cospadi-cli status``.
     on_event : callable, optional
         Told of each step.
 
@@ -96,63 +113,133 @@ def compress(
     NumericalError
         NaN or infinity in a layer, which the text names; what was finished stays for ``resume``.
     """
-    config = config or CompressionConfig()
-    out, begin, tell = Path(out), time.time(), on_event or (lambda event: None)
+    config, execution = config or CompressionConfig(), execution or Execution()
+    out, tell = Path(out), on_event or (lambda event: None)
     check_output(out, resume)
+    if resume and is_finished(out):
+        return _finished(out, config, tell)
+    if execution.max_memory is not None:
+        heap.keep_little()
     method, reason = choose_method(config)
-    device = _device(config.device)
-    source = open_model(model, device, tokenizer)
+    device = torch_device(config.device)
+    threads = _threads(out, device, execution)
+    source = open_model(model, device, tokenizer, streamed=execution.max_memory is not None, split=True)
     if windows is None:
         windows = _windows(source, config)
-    _check_windows(source, windows)
-    experts = split_experts(source.model)
-    call = forward_call(source.model, device)
-    example = windows[:1, : min(8, windows.shape[1])]
-    mapped = map_model(source.model, lambda: call(example), config.include, config.exclude)
+    check_windows(source, windows)
+    mapped = _map(source, windows, config.include, config.exclude)
     matching = config.groups == "matching"
     groups = tuple(form_groups(mapped.layers, "natural" if matching else config.groups))
     check_order(config, groups)
     check_plan(config, method, groups)
+    check_workers(source, execution)
+
+    sensitive = is_sensitive(config)
+    size = largest_batch(source.model, windows.shape[1]) if sensitive else len(windows)
+    size = min(size, config.calibration.batch_size)
+    budget = plan_memory(source, mapped, groups, windows, config, size, sensitive, execution.max_memory)
 
     fingerprints = _fingerprint(source, windows, config)
-    folder = WorkFolder(out, fingerprints, resume)
-    facts = {key: fingerprints[key] for key in ("model", "calibration", "versions")} | _statistics(config)
-    measurements = Measurements(Path(cache) if cache else folder.folder / "measurements", facts)
-    job = Job(config, method, reason, source, mapped, groups, windows, call, measurements)
-    times: dict[str, float] = {}
-    with _timed(times, "calibration"):
-        _calibrate(job, tell)
-        if matching:
-            job = replace(job, groups=_matched(job))
-            check_order(config, job.groups)
-    with _timed(times, "planning"):
-        plan = _assign(job, tell)
+    with (
+        WorkFolder(out, fingerprints, resume, threads) as folder,
+        make_executor(
+            execution.executor,
+            device=device,
+            workers=execution.workers,
+            threads=folder.threads,
+            ray_address=execution.ray_address,
+            ray_inputs=execution.ray_inputs,
+        ) as executor,
+    ):
+        root = Path(cache) if cache else folder.folder / "measurements"
+        facts = {key: fingerprints[key] for key in ("model", "calibration", "versions")}
+        measurements = Measurements(root, facts | _facts(config, device, folder.threads))
+        shared = executor.n_workers > 1 or execution.executor == "ray"
+        reader = SharedFolders.of(source, measurements).reader if shared else _reader(source, measurements)
+        of_all = execution.ray_inputs == "shared"
+        job = Job(
+            config,
+            method,
+            reason,
+            source,
+            mapped,
+            groups,
+            windows,
+            measurements,
+            executor,
+            reader,
+            budget,
+            tell,
+            of_all,
+        )
+        executor.retried = lambda task, why: tell(Retried(task, why))
+        tell(budget.predicted)
+        if command is not None:
+            folder.note("command", command)
+        return _run(job, out, folder)
+
+
+def _finished(out: Path, config: CompressionConfig, tell: Listener) -> Report:
+    """Give the report of a run that has ended, whose command is repeated.
+
+    Raises
+    ------
+    UsageError
+        The folder holds the result of another recipe.
+    """
+    report: Report = read_json(out, "report.json")
+    if report.get("config") != json.loads(json.dumps(config.to_dict())):
+        raise UsageError(f"output folder {out} holds a model made by another recipe: choose a new folder, or delete it")
+    clear_finished(out)
+    tell(Written(str(out)))
+    return report
+
+
+def _run(job: Job, out: Path, folder: WorkFolder) -> Report:
+    """Go through the stages, as far as their records are not there."""
+    config, began, times = job.config, time.time(), _Times(folder)
+    folder.note("model", job.source.name)
+    folder.note("measurements", str(job.measurements.folder.absolute()))
+    folder.note("sources", sorted({layer.source for layer in job.map.layers}))
+    with times.of("calibrating"):
+        calibrate(job)
+    if config.groups == "matching":
+        job = replace(job, groups=_matched(job))
+        check_order(config, job.groups)
+    plan = _assign(job, folder, times)
+    units = tuple(PlannedUnit(u.group.name, u.choice.kind, cost_of(job.method, u)) for u in plan.units)
+    listed = [asdict(unit) for unit in units]
+    if folder.noted("plan") not in (None, listed):
+        raise CheckpointError(
+            f"{folder.folder}: what was measured again gives another plan: delete it and start afresh"
+        )
+    folder.note("plan", listed)
     factors = sum(unit.choice.kind == "factors" for unit in plan.units)
-    tell(Planned(len(mapped.layers), len(plan.units), factors, len(plan.dense), method.solver_name, reason))
-    with _timed(times, "solving"):
-        seconds = solve(job, plan.units, folder, tell)
-    records = [folder.load(index) for index in range(len(plan.units))]
-    finished = [record for record in records if record is not None]
-    if len(finished) < len(records):
-        raise CheckpointError(f"a record has vanished from {folder.folder} or cannot be read back: run with --resume")
-    report = _report(job, plan, [record.row for record in finished])
-    used = [name for name in experts if any(layer.name.startswith(f"{name}.") for layer in mapped.layers)]
-    fuse_experts(source.model, set(experts) - set(used))  # loading splits the others only
-    other_bytes = write_checkpoint(out, source, finished, used, config.backend)
+    solver = job.method.solver_name
+    job.tell(Planned(len(job.map.layers), len(plan.units), factors, len(plan.dense), solver, job.reason, units))
+    with times.of("solving"):
+        seconds = solve(job, plan.units, folder)
+    with times.of("writing"):
+        report = _report(job, plan, [_row(folder, index) for index in range(len(plan.units))])
+        used = [n for n in job.source.experts if any(layer.name.startswith(f"{n}.") for layer in job.map.layers)]
+        fuse_experts(job.source.model, set(job.source.experts) - set(used))  # loading splits the others only
+        other_bytes = write_checkpoint(out, job.source, folder, len(plan.units), used, config.backend)
     kept_bytes = sum(2 * layer["in_features"] * layer["out_features"] for layer in report["kept_dense"])
     report["totals"] = totals(report["groups"], other_bytes, kept_bytes)
     write_report(out, report)
     run = {
-        "began": begin,
-        "seconds": time.time() - begin,
+        "began": began,
+        "seconds": time.time() - began,
         "machine": machine(),
         "versions": versions(),
-        "stages": times,
+        "threads": job.executor.threads,
+        "stages": times.seconds,
         "groups": seconds,
+        "predicted_memory": asdict(job.budget.predicted),
     }
     write_durably(out / "run.json", json.dumps(run, indent=1).encode())
     folder.remove()
-    tell(Written(str(out)))
+    job.tell(Written(str(out)))
     return report
 
 
@@ -175,14 +262,10 @@ def collect_grams(model: Any, windows: Tensor, batch_size: int = 8, device: str 
     dict of str to Gram
         By the name of the first layer that receives the input.  Grams of other tokens merge with them.
     """
-    place = _device(device)
-    source = open_model(model, place)
-    _check_windows(source, windows)
-    split_experts(source.model)
-    call = forward_call(source.model, place)
-    mapped = map_model(source.model, lambda: call(windows[:1, : min(8, windows.shape[1])]))
+    source = open_model(model, torch_device(device), split=True)
+    check_windows(source, windows)
     found: dict[str, Gram] = {}
-    for grams in _grams(source.model, mapped, windows, call, batch_size):
+    for grams in grams_by_block(source, _map(source, windows), windows, batch_size):
         found.update(grams)
     return found
 
@@ -197,7 +280,7 @@ def choose_method(config: CompressionConfig) -> tuple[Method, str]:
     """
     name, reason = config.solver, "named in the recipe"
     if name == "auto":
-        name, reason = Auto.choose(_device(config.device).type)
+        name, reason = Auto.choose(torch_device(config.device).type)
     state = SOLVERS.availability(name)
     if not state:
         raise UnavailableError(f"solver {name!r} cannot run here: {state.reason}")
@@ -209,100 +292,95 @@ def choose_method(config: CompressionConfig) -> tuple[Method, str]:
     return Method(name, solver, format_name, config.seed), reason
 
 
-def _statistics(config: CompressionConfig) -> dict[str, Any]:
-    """Give what is to be collected, as facts that name a cache."""
-    sensitive = config.column_weights or config.token_weights or _cost_is_sensitivity(config)
-    return {
+def _facts(config: CompressionConfig, device: torch.device, threads: int) -> dict[str, Any]:
+    """Give what is to be collected and on what else its last bits depend, as facts that name a cache."""
+    sensitive = is_sensitive(config)
+    facts = {
         "sensitivities": sensitive,
         "token_weights": config.token_weights,
         "labels": config.calibration.labels if sensitive else None,
         "seed": config.seed if sensitive else None,
-        # Sums round differently in another order.
         "batch_size": config.calibration.batch_size,
-        "device": _device(config.device).type,
+        "device": device.type,
+        "threads": threads,
     }
+    return facts | ({"parts": config.calibration.parts} if config.calibration.parts > 1 else {})
 
 
-def _cost_is_sensitivity(config: CompressionConfig) -> bool:
-    return config.allocation != "uniform" and config.cost == "sensitivity"
+def _threads(out: Path, device: torch.device, execution: Execution) -> int | None:
+    """Give the threads of a task as asked or, for a new run, as the executor would choose them."""
+    if execution.threads is not None or read_fingerprint(out / WORK) is not None:
+        return execution.threads
+    if execution.executor == "ray":
+        return 1
+    workers = len(devices_of_workers(str(device), torch.cuda.device_count(), execution.workers))
+    return max(1, available_threads() // workers)
 
 
-def _calibrate(job: Job, tell: Listener) -> None:
-    """Collect the statistics of every input that is not measured yet."""
-    sources = {layer.source for layer in job.map.layers}
-    if all(source in job.measurements for source in sources):
-        return
-    wanted, batch = _statistics(job.config), job.config.calibration.batch_size
-    if wanted["sensitivities"]:
-        found = collect_statistics(
-            job.source.model,
-            job.map,
-            job.call,
-            job.windows,
-            batch_size=batch,
-            labels=wanted["labels"],
-            seed=job.config.seed,
-            weighted=wanted["token_weights"],
-            progress=lambda done, total: tell(Calibrated(done, total, "windows")),
-        )
-        for statistics in found.values():
-            job.measurements.store(statistics)
-        return
-    for block, grams in enumerate(_grams(job.source.model, job.map, job.windows, job.call, batch)):
-        for source, gram in grams.items():
-            widths = {layer.name: layer.out_features for layer in job.map.layers if layer.source == source}
-            statistics = SourceStatistics(source, gram.matrix.shape[0], widths)
-            statistics.gram, statistics.n_tokens = gram, job.windows.numel()
-            job.measurements.store(statistics)
-        tell(Calibrated(block + 1, len(job.map.blocks), "blocks"))
+def _reader(source: OpenModel, measurements: Measurements) -> Reader:
+    return lambda group: partial(read_inputs, source, measurements, group)
+
+
+def _map(source: OpenModel, windows: Tensor, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> ModelMap:
+    example = windows[:1, : min(8, windows.shape[1])]
+    with source.running() as model:
+        call = forward_call(model, source.device)
+        return map_model(model, lambda: call(example), include, exclude)
+
+
+def _row(folder: WorkFolder, index: int) -> dict[str, Any]:
+    row = folder.row(index)
+    if row is None:
+        raise CheckpointError(f"a record has vanished from {folder.folder} or cannot be read back: run with --resume")
+    return row
+
+
+class _Times:
+    """Seconds of each stage over all runs that worked on a folder."""
+
+    def __init__(self, folder: WorkFolder) -> None:
+        self._folder = folder
+        noted = folder.noted("seconds")
+        self.seconds: dict[str, float] = dict(noted) if isinstance(noted, dict) else {}
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        heap.trim()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+        self._folder.note("seconds", self.seconds)
 
 
 def _matched(job: Job) -> tuple[Group, ...]:
     """Join the groups to pairs that lose least by sharing a dictionary."""
-    modules = dict(job.source.model.named_modules())
-    weights = {layer.name: weight_matrix(modules[layer.name]) for layer in job.map.layers}
+    weights = {layer.name: job.source.matrix(layer.name) for layer in job.map.layers}
     grams, sensitivities = {}, {}
     for layer in job.map.layers:
         statistics = job.measurements[layer.source]
         assert statistics.gram is not None
         grams[layer.source] = statistics.gram
         sensitivities[layer.name] = statistics.squares(layer.name)
-    weighted = _statistics(job.config)["sensitivities"]
     distances = pair_distances(
-        job.groups, weights, grams, sensitivities if weighted else None, damping=job.config.damping
+        job.groups, weights, grams, sensitivities if job.sensitive else None, damping=job.config.damping
     )
     return tuple(match_groups(job.groups, distances))
 
 
-def _grams(
-    model: nn.Module, mapped: ModelMap, windows: Tensor, call: Callable[[Any], Any], batch_size: int
-) -> Iterator[dict[str, Gram]]:
-    """Give the Grams of each block's inputs, block by block."""
-    modules = dict(model.named_modules())
-    with Lockstep([modules[name] for name in mapped.blocks], call, windows.split(batch_size)) as walk:
-        for block in range(len(mapped.blocks)):
-            layers = {layer.source: layer for layer in mapped.layers if layer.block == block}
-            watched = {name: modules[name] for name in layers}
-            with GramCollector(watched, {name: la.in_features for name, la in layers.items()}) as collector:
-                walk.advance()
-            yield collector.statistics
-
-
-def _assign(job: Job, tell: Listener) -> Assignment:
+def _assign(job: Job, folder: WorkFolder, times: _Times) -> Assignment:
     """Decide how each group is stored."""
     config, method = job.config, job.method
     if config.allocation == "uniform":
+        folder.note("profiles", [])
+        folder.note("corrections", [])
         return uniform_assignment(config, method, job.groups)
     families = families_of(config, method)
-
-    def make(group: Group) -> Objective:
-        return job.objective(group, _cost_is_sensitivity(config))
-
-    def progress(done: int, total: int) -> None:
-        tell(Profiled(done, total))
-
-    profiles = profile_groups(config, families, job.groups, make, job.measurements, progress)
-    corrections = measure_corrections(config, method, families, job.groups, profiles, make, job.measurements)
+    folder.note("profiles", profile_paths(job))
+    with times.of("profiling"):
+        profiles = profile_groups(job, families)
+    folder.note("corrections", correction_paths(job, families, profiles))
+    with times.of("correcting"):
+        corrections = measure_corrections(job, families, profiles)
     return allocate(config, method, families, job.groups, profiles, corrections)
 
 
@@ -342,7 +420,7 @@ def _report(job: Job, plan: Assignment, rows: list[dict[str, Any]]) -> Report:
     }
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -361,7 +439,20 @@ def _windows(source: OpenModel, config: CompressionConfig) -> Tensor:
     return token_windows(source.tokenizer, text, config.calibration.seq_len, config.calibration.samples)
 
 
-def _check_windows(source: OpenModel, windows: Tensor) -> None:
+def check_workers(source: OpenModel, execution: Execution) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises
+    ------
+    UsageError
+        The model is an object of this process, or a number of workers is asked for where it has no effect.
+    """
+    several = execution.executor == "ray" or (execution.workers or 1) > 1
+    if several and source.folder is None:
+        raise UsageError("several workers read the model themselves: save it, and give its folder instead of an object")
+
+
+def check_windows(source: OpenModel, windows: Tensor) -> None:
     vocabulary = source.model.get_input_embeddings().weight.shape[0]
     if int(windows.max()) >= vocabulary:
         raise UsageError(
@@ -372,21 +463,10 @@ def _check_windows(source: OpenModel, windows: Tensor) -> None:
         raise UsageError(f"seq_len {windows.shape[1]} exceeds the model's {longest} positions: choose a smaller one")
 
 
-@contextmanager
-def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    times[stage] = time.perf_counter() - begin
-
-
 def _fingerprint(source: OpenModel, windows: Tensor, config: CompressionConfig) -> dict[str, str]:
     """Name everything that the result depends on."""
-    digest = hashlib.sha256()
-    for name, tensor in (*source.model.named_parameters(), *source.model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return {
-        "model": digest.hexdigest(),
+        "model": source.digest(),
         "calibration": fingerprint(windows),
         # The backend only runs the result; it may change between a run and its resumption.
         "recipe": json.dumps(config.model_copy(update={"backend": "auto"}).to_dict(), sort_keys=True),

@@ -1,13 +1,17 @@
 """Solve the units of a plan, each durably recorded when it is finished."""
 
-import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from cospadi import costs
+from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.cross import CrossGram
 from cospadi.calibration.gradients import SourceStatistics
 from cospadi.calibration.lockstep import forward_call
@@ -15,60 +19,16 @@ from cospadi.calibration.sequential import SequentialWalk
 from cospadi.config import CompressionConfig
 from cospadi.errors import UsageError
 from cospadi.events import GroupFinished, Listener
+from cospadi.executors import Task
+from cospadi.executors.threads import limited_threads
 from cospadi.factorize import Method, factorize_group
 from cospadi.formats.packing import unpack_group
 from cospadi.groups import Group
-from cospadi.layers import ModelMap, weight_matrix
-from cospadi.measurements import Measurements
-from cospadi.models import OpenModel
-from cospadi.objective import Objective, objective
+from cospadi.inputs import GroupInputs
+from cospadi.job import Job
 from cospadi.planning import Unit
-from cospadi.work import GroupRecord, WorkFolder
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run works on; the same for a run and its resumption."""
-
-    config: CompressionConfig
-    method: Method
-    reason: str
-    source: OpenModel
-    map: ModelMap
-    groups: tuple[Group, ...]
-    windows: Tensor
-    call: Callable[[Any], Any]
-    measurements: Measurements
-
-    def objective(self, group: Group, weighted: bool, received: CrossGram | None = None) -> Objective:
-        """Give a group's weights and metrics.
-
-        Parameters
-        ----------
-        group : Group
-        weighted : bool
-            Whether errors are weighted by the sensitivities.
-        received : CrossGram, optional
-            What the layers receive behind those compressed before; else their inputs in the dense model count.
-        """
-        modules = dict(self.source.model.named_modules())
-        weights = [weight_matrix(modules[layer.name]) for layer in group.layers]
-        statistics: Mapping[str, SourceStatistics] = self.measurements
-        if received is not None:
-            there = copy.copy(self.measurements[group.layers[0].source])
-            there.gram = received.gram
-            statistics = {layer.source: there for layer in group.layers}
-        return objective(
-            group,
-            weights,
-            statistics,
-            self.config.damping,
-            column_weights=weighted,
-            token_weights=self.config.token_weights and received is None,
-            shift=None if received is None else received.shift,
-            mixing=self.config.calibration.mixing,
-            ridge=self.config.calibration.ridge,
-        )
+from cospadi.records import GroupRecord
+from cospadi.work import WorkFolder
 
 
 @dataclass
@@ -76,15 +36,20 @@ class _Progress:
     """Counts finished units and tells of them."""
 
     tell: Listener
-    total: int
+    costs: list[float]
     done: int = 0
+    work: float = 0.0
 
-    def finish(self, record: GroupRecord, seconds: float, resumed: bool) -> None:
+    def finish(self, index: int, row: dict[str, Any], seconds: float, resumed: bool) -> None:
         self.done += 1
-        self.tell(GroupFinished(record.row, self.done, self.total, seconds, resumed))
+        self.work += self.costs[index]
+        total = sum(self.costs)
+        self.tell(
+            GroupFinished(row, self.done, len(self.costs), seconds, resumed, work_done=self.work, work_total=total)
+        )
 
 
-def solve(job: Job, units: Sequence[Unit], folder: WorkFolder, tell: Listener) -> dict[str, float]:
+def solve(job: Job, units: Sequence[Unit], folder: WorkFolder) -> dict[str, float]:
     """Solve whatever has no record yet; give the seconds that each unit took.
 
     Raises
@@ -92,20 +57,40 @@ def solve(job: Job, units: Sequence[Unit], folder: WorkFolder, tell: Listener) -
     NumericalError
         NaN or infinity in a layer, which the text names; what was finished has its record.
     """
-    progress, seconds = _Progress(tell, len(units)), dict[str, float]()
+    progress, seconds = _Progress(job.tell, [cost_of(job.method, unit) for unit in units]), dict[str, float]()
     if job.config.calibration.order == "sequential":
-        _solve_sequentially(job, units, folder, progress, seconds)
+        with limited_threads(job.executor.threads):
+            _solve_sequentially(job, units, folder, progress, seconds)
         return seconds
     pending = []
-    for index, unit in enumerate(units):
-        record = folder.load(index)
-        if record is None:
-            pending.append((index, unit))
+    for index in range(len(units)):
+        row = folder.row(index) if folder.has(index) else None
+        if row is None:
+            pending.append(index)
         else:
-            progress.finish(record, 0.0, resumed=True)
-    for index, unit in pending:
-        _solve_unit(job, index, unit, folder, progress, seconds)
+            progress.finish(index, row, 0.0, resumed=True)
+    tasks = [
+        Task(
+            units[index].group.name,
+            progress.costs[index],
+            partial(_solve_unit, job.config, job.method, units[index]),
+            job.reader(units[index].group),
+        )
+        for index in pending
+    ]
+    for number, (record, took) in job.executor.run(tasks):
+        index = pending[number]
+        folder.store(index, record)
+        seconds[units[index].group.name] = took
+        progress.finish(index, record.row, took, resumed=False)
     return seconds
+
+
+def cost_of(method: Method, unit: Unit) -> float:
+    """Give what solving a unit costs against others."""
+    group = unit.group
+    n_inputs = len({layer.source for layer in group.layers})
+    return costs.solving(unit.choice, group.in_features, group.out_features, method.solver, n_inputs)
 
 
 def check_order(config: CompressionConfig, groups: Sequence[Group]) -> None:
@@ -132,57 +117,67 @@ def _solve_sequentially(
     job: Job, units: Sequence[Unit], folder: WorkFolder, progress: _Progress, seconds: dict[str, float]
 ) -> None:
     """Walk through the model; every unit is solved on what the layers before it, as stored, now give."""
-    device = job.source.model.device
-    second = copy.deepcopy(job.source.model)
     batches = job.windows.split(job.config.calibration.batch_size)
     example = job.windows[:1, : min(8, job.windows.shape[1])]
     by_source: dict[str, list[int]] = {}
     for index, unit in enumerate(units):
         by_source.setdefault(unit.group.layers[0].source, []).append(index)
-    reference = (job.source.model, job.call) if job.config.calibration.mixing > 0 else (None, None)
-    walk = SequentialWalk(second, forward_call(second, device), job.map, batches, example, *reference)
-    with walk:
+    mixing = job.config.calibration.mixing > 0
+    limit = job.budget.activations
+    shares = None if limit is None else limit // (2 if mixing else 1)
+    with ExitStack() as stack:
+        second, enter = stack.enter_context(job.source.twin())
+        caches = [stack.enter_context(ActivationCache(shares, folder.folder / name)) for name in ("copy", "dense")]
+        reference: tuple[Any, Any] = (None, None)
+        if mixing:
+            dense = stack.enter_context(job.source.running())
+            reference = (dense, forward_call(dense, job.device))
+        call = forward_call(second, job.device)
+        walk = SequentialWalk(
+            second, call, job.map, batches, example, *reference, enter=enter, caches=(caches[0], caches[1])
+        )
+        stack.enter_context(walk)
         for step in walk:
             mine = [i for source in dict.fromkeys(la.source for la in step.layers) for i in by_source.get(source, [])]
             found = {index: folder.load(index) for index in mine}
             received = walk.collect() if any(record is None for record in found.values()) else {}
             for index in mine:
-                record = found[index]
+                record, unit = found[index], units[index]
                 if record is None:
-                    cross = received[units[index].group.layers[0].source]
-                    record = _solve_unit(job, index, units[index], folder, progress, seconds, cross)
+                    cross = received[unit.group.layers[0].source]
+                    record, took = _solve_unit(
+                        job.config, job.method, unit, job.device, job.reader(unit.group)(), received=cross
+                    )
+                    folder.store(index, record)
+                    seconds[unit.group.name] = took
+                    progress.finish(index, record.row, took, resumed=False)
                 else:
-                    progress.finish(record, 0.0, resumed=True)
+                    progress.finish(index, record.row, 0.0, resumed=True)
                 stored = unpack_group(record.spec, record.tensors)
-                for layer in units[index].group.layers:
+                for layer in unit.group.layers:
                     walk.replace(layer.name, stored.to_dense(layer.name))
 
 
 def _solve_unit(
-    job: Job,
-    index: int,
+    config: CompressionConfig,
+    method: Method,
     unit: Unit,
-    folder: WorkFolder,
-    progress: _Progress,
-    seconds: dict[str, float],
+    device: str | torch.device,
+    inputs: GroupInputs,
     received: CrossGram | None = None,
-) -> GroupRecord:
+) -> tuple[GroupRecord, float]:
+    """Give the record of a unit and the seconds that it took, wherever this runs."""
     start = time.perf_counter()
-    group = unit.group
-    modules = dict(job.source.model.named_modules())
-    biases = {layer.name: modules[layer.name].get_parameter("bias") for layer in group.layers if layer.bias}
+    group, inputs = unit.group, inputs.to(device)
     if received is None:
-        grams = {layer.source: _plain_gram(job.measurements[layer.source]) for layer in group.layers}
+        grams = {source: _plain_gram(statistics) for source, statistics in inputs.statistics.items()}
     else:
         grams = {layer.source: received.gram.matrix for layer in group.layers}
-    target = job.objective(group, job.config.column_weights, received)
-    record = factorize_group(group, unit.choice, target, grams, biases, job.method, unit.predicted)
+    target = inputs.objective(config, group, config.column_weights, received)
+    record = factorize_group(group, unit.choice, target, grams, inputs.biases, method, unit.predicted)
     if received is not None and received.note:
         record.row["note"] = "; ".join(filter(None, [record.row["note"], received.note]))
-    folder.store(index, record)
-    seconds[group.name] = time.perf_counter() - start
-    progress.finish(record, seconds[group.name], resumed=False)
-    return record
+    return record, time.perf_counter() - start
 
 
 def _plain_gram(statistics: SourceStatistics) -> Tensor:

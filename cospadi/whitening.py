@@ -13,6 +13,8 @@ from cospadi.errors import NumericalError, UsageError
 
 _MAX_CONDITION = 1e7
 """Largest ratio of the factor's extreme diagonal entries: beyond it D = L^-T A loses the precision of bfloat16."""
+_LARGEST = float(torch.finfo(torch.float32).max) ** 0.5
+"""Largest norm of a whitened weight: the products of two such matrices are finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,27 @@ class Whitening:
         What was added to the Gram's diagonal, as a fraction of its mean; 0 if nothing was.
     note : str
         What was wrong with the Gram, for the report; empty if nothing.
+    name : str
+        Layer name, for error texts.
     """
 
     factor: Tensor
     damping: float = 0.0
     note: str = ""
+    name: str = ""
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """Give Y = L^T W, float64, from W of shape (in_features, out_features)."""
-        return self.factor.T @ weight.to(self.factor)
+        """Give Y = L^T W, float64, from W of shape (in_features, out_features).
+
+        Raises
+        ------
+        NumericalError
+            Y is NaN or infinite, or so large that solvers, which multiply in float32, would overflow.
+        """
+        whitened = self.factor.T @ weight.to(self.factor)
+        if not float(whitened.norm()) < _LARGEST:
+            raise NumericalError(f"{self.name}: the weight times its calibration inputs overflows float32")
+        return whitened
 
     def unwhiten(self, dictionary: Tensor) -> Tensor:
         """Give D = L^-T A, float64, from A of shape (in_features, n_atoms)."""
@@ -68,28 +82,35 @@ def whitening_from_gram(gram: Tensor, n_tokens: int, damping: float = 1e-6, name
     if not bool(torch.isfinite(gram).all()):
         raise NumericalError(f"{name}: the Gram of the calibration activations holds NaN or infinity")
     size = gram.shape[0]
-    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
     mean = float(gram.diagonal().mean())
     if mean <= 0:
         seen = "no calibration token reached the layer" if n_tokens == 0 else "all calibration inputs are zero"
-        return Whitening(identity, 1.0, f"{seen}: the plain weight error is minimised instead")
+        return Whitening(
+            torch.eye(size, dtype=gram.dtype, device=gram.device),
+            1.0,
+            f"{seen}: the plain weight error is minimised instead",
+            name,
+        )
     factor = _cholesky(gram)
     if factor is not None:
-        return Whitening(factor)
+        return Whitening(factor, name=name)
     note = f"only {n_tokens} tokens for {size} features" if n_tokens < size else "the Gram is close to singular"
     zeros = int((gram.diagonal() == 0).sum())
     if zeros:
         note = f"{zeros} input features are always zero"
     level = damping
     while level <= 0.1:
-        factor = _cholesky(gram + level * mean * identity)
+        damped = gram.clone()
+        damped.diagonal().add_(level * mean)
+        factor = _cholesky(damped)
         if factor is not None:
-            return Whitening(factor, level, note)
+            return Whitening(factor, level, note, name)
         level *= 10
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp_min(damping * mean).sqrt()
     upper = torch.linalg.qr(root.T).R
-    return Whitening((upper * upper.diagonal().sign()[:, None]).T.contiguous(), damping, f"{note}; eigenvalues clamped")
+    lower = (upper * upper.diagonal().sign()[:, None]).T.contiguous()
+    return Whitening(lower, damping, f"{note}; eigenvalues clamped", name)
 
 
 def output_errors(gram: Tensor, weight: Tensor, approximation: Tensor) -> tuple[float, float]:

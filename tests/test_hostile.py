@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cospadi.errors import CheckpointError
-from cospadi.formats.checkpoint import INDEX, CheckpointConfig, ShardWriter
+from cospadi.formats.checkpoint import INDEX, CheckpointConfig
+from cospadi.formats.headers import read_header
 from cospadi.formats.packing import unpack_group
-from cospadi.formats.verify import read_config, read_header, read_tensors, verify_checkpoint
+from cospadi.formats.verify import read_config, read_tensors, verify_checkpoint
 
 from .checkpoints import edit_config, random_group
+from .fuzz.seeds import small_checkpoint
 
 SINGLE = "model.safetensors"
 FEW_BYTES = 4 * 2**20
@@ -24,26 +26,6 @@ FEW_BYTES = 4 * 2**20
 @pytest.fixture
 def folder(tmp_path):
     return small_checkpoint(tmp_path / "model")
-
-
-def small_checkpoint(folder, format="bitmask", value_dtype="bfloat16", shards=1, change=None):
-    """Two layers in one group beside one ordinary tensor; ``change`` edits the tensors before they are written.
-
-    The value dtype may name the dictionary's too: "int4 with int3g32".
-    """
-    generator = torch.Generator().manual_seed(0)
-    biases = {"block.q": torch.ones(6)}
-    values, _, atoms = value_dtype.partition(" with ")
-    members = {"block.q": 6, "block.k": 4}
-    spec, tensors = random_group(members, 5, 11, generator, format, values, biases, dictionary_dtype=atoms or None)
-    if change:
-        change(tensors)
-    with ShardWriter(folder, 10**9 if shards == 1 else 1) as writer:
-        writer.add("block", tensors)
-        writer.add("norm", {"norm.weight": torch.ones(5)})
-    config = CheckpointConfig((spec,), (), "auto", "0.1.0")
-    (folder / "config.json").write_text(json.dumps({"quantization_config": config.to_dict()}))
-    return folder
 
 
 def refused(folder, *texts):

@@ -1,10 +1,23 @@
 """Statistics and texts that one run leaves for another."""
 
+import errno
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cospadi.calibration.gradients import SourceStatistics
+from cospadi.durable import file_name, seal, unseal
 from cospadi.errors import CheckpointError
+from cospadi.measurements import FACTS as FACTS_FILE
 from cospadi.measurements import Measurements, digest
 
 FACTS = {"model": "a", "seed": 0, "labels": None}
@@ -38,8 +51,9 @@ def same(a, b):
     )
 
 
-def files(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def the_payload(folder):
+    (path,) = folder.rglob("*.safetensors")
+    return path
 
 
 def test_statistics_survive_exactly_and_so_do_their_names(tmp_path):
@@ -56,6 +70,7 @@ def test_statistics_survive_exactly_and_so_do_their_names(tmp_path):
             assert same(measurements[own.name], own)
             assert not same(measurements[own.name], second if own is first else first)
     assert measurements.facts == FACTS
+    assert unseal(kept.folder / FACTS_FILE) == FACTS
 
 
 def test_what_is_stored_again_is_what_is_read(tmp_path):
@@ -93,23 +108,154 @@ def test_the_digest_is_of_the_facts_and_not_of_their_order():
     assert len({digest(facts) for facts in distinct}) == len(distinct)
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "noise", "another kind"])
-def test_a_damaged_file_is_named(tmp_path, damage):
+NAMES = [
+    "x" * 255,
+    "ä" * 127,
+    "a/b",
+    "a\\b",
+    "..",
+    ".",
+    "",
+    "con",
+    "nul.txt",
+    "A.b",
+    "a.B",
+    "a.b",
+    "a:b*?",
+    "a\nb",
+    "\0",
+]
+
+
+def test_any_name_of_a_layer_can_be_kept(tmp_path):
+    kept = Measurements(tmp_path, FACTS)
+    for seed, name in enumerate(NAMES):
+        kept.store(statistics(name, seed))
+        kept.keep_text(name, {}, f"text {seed}")
+    again = Measurements(tmp_path, FACTS)
+    assert sorted(again) == sorted(NAMES)
+    for seed, name in enumerate(NAMES):
+        assert same(again[name], statistics(name, seed))
+        assert again.text(name, {}) == f"text {seed}"
+    assert {path.parent.parent for path in tmp_path.rglob("*.safetensors")} == {again.folder}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(max_size=300), min_size=2, max_size=2, unique=True))
+def test_file_names_are_short_plain_and_distinct_without_regard_to_case(names):
+    made = [file_name(name) for name in names]
+    assert len({name.lower() for name in made}) == 2
+    for name in made:
+        assert len(name) <= 120
+        assert all(c.isascii() and (c.isalnum() or c in "._-") for c in name)
+
+
+def damaged(data):
+    """Give the bytes of a payload in many ways that are not its own."""
+    yield from (b"", data[:-1], data[: len(data) // 2], bytes(len(data)), data + b"\0")
+    for place in range(0, len(data), 11):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        yield bytes(flipped)
+
+
+def test_damaged_statistics_count_as_missing_and_can_be_measured_again(tmp_path):
+    name = statistics().name
+    Measurements(tmp_path, FACTS).store(statistics())
+    path = the_payload(tmp_path)
+    for data in damaged(path.read_bytes()):
+        path.write_bytes(data)
+        fresh = Measurements(tmp_path, FACTS)
+        assert name not in fresh
+        assert list(fresh) == []
+        with pytest.raises(KeyError):
+            fresh[name]
+    fresh.store(statistics(seed=1))
+    assert same(Measurements(tmp_path, FACTS)[name], statistics(seed=1))
+    assert the_payload(tmp_path).is_file()  # the only one: the damaged one is gone
+    the_payload(tmp_path).unlink()
+    assert name not in Measurements(tmp_path, FACTS)
+
+
+def test_the_record_of_another_layer_is_not_taken(tmp_path):
+    kept = Measurements(tmp_path, FACTS)
+    kept.store(statistics("a"))
+    kept.store(statistics("b"))
+    a, b = sorted(tmp_path.rglob("*.safetensors"), key=lambda path: path.parent)
+    a.rename(a.with_name(b.name)).write_bytes(b.read_bytes())
+    assert list(Measurements(tmp_path, FACTS)) == ["b"]
+
+
+def test_what_turns_bad_after_it_was_found_sound_is_an_error_that_says_what_to_do(tmp_path):
+    kept, name = Measurements(tmp_path, FACTS), statistics().name
+    kept.store(statistics())
+    assert name in kept
+    path = the_payload(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(0, 0))  # a clock may be too coarse to tell
+    assert name not in kept
+    with pytest.raises(CheckpointError, match=r"q_proj in .* are damaged now: run again with --resume"):
+        kept[name]
+    assert name not in Measurements(tmp_path, FACTS)
+
+
+def test_a_record_is_read_through_once_and_again_only_when_it_was_replaced(tmp_path, monkeypatch):
+    import cospadi.measurements as module
+
+    Measurements(tmp_path, FACTS).store(statistics())
+    read, checksum = [], module.checksum
+    monkeypatch.setattr(module, "checksum", lambda path: read.append(path) or checksum(path))
+    kept, name = Measurements(tmp_path, FACTS), statistics().name
+    for _ in range(3):
+        assert name in kept
+        assert same(kept[name], statistics())
+        assert len(kept) == 1
+    assert len(read) == 1
+    Measurements(tmp_path, FACTS).store(statistics(seed=4))  # another run that shares the folder; it reads one file
+    assert name in kept
+    assert name in kept
+    assert len(read) == 3
+
+
+def with_payload(path, data):
+    """Put other bytes in place of a record, under the checksum that they have."""
+    path.unlink()
+    path.with_name(f"{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
+
+
+def header(**metadata):
+    text = json.dumps({"__metadata__": metadata}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+HOSTILE = [b"", b"\xff" * 50, header(), header(description="["), header(description="[" * 100_000)]
+HOSTILE += [header(description="[]"), header(description="{}"), header(description='{"name": 3}')]
+
+
+@pytest.mark.parametrize("payload", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_payload_that_is_something_else_counts_as_missing_though_its_checksum_is_right(tmp_path, payload):
     kept = Measurements(tmp_path, FACTS)
     kept.store(statistics())
-    (path,) = files(tmp_path)
-    data = path.read_bytes()
-    if damage == "another kind":
-        statistics().gram.save(path)
-    else:
-        path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "noise": bytes(200)}[damage])
-    fresh = Measurements(tmp_path, FACTS)
-    with pytest.raises(CheckpointError, match=r"q_proj\.safetensors: not saved source statistics"):
-        fresh[statistics().name]
+    with_payload(the_payload(tmp_path), payload)
+    assert statistics().name not in kept
+    assert list(kept) == []
+
+
+@pytest.mark.parametrize("description", [{}, {"in_features": -1}, {"in_features": 2**40}, {"out_features": 3}])
+def test_a_payload_of_another_kind_is_an_error_once_and_then_missing(tmp_path, description):
+    kept, name = Measurements(tmp_path, FACTS), statistics().name
+    kept.store(statistics())
+    with_payload(the_payload(tmp_path), header(format="?", description=json.dumps({"name": name, **description})))
+    with pytest.raises(CheckpointError, match=r"not saved source statistics.*it was deleted: run again with --resume"):
+        kept[name]
+    assert name not in Measurements(tmp_path, FACTS)
 
 
 @pytest.mark.parametrize("when", ["before", "within", "after"])
-def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch, when):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch, when, error):
     save = SourceStatistics.save
 
     def stop(self, path):
@@ -117,22 +263,117 @@ def test_an_interrupted_write_leaves_nothing_that_counts(tmp_path, monkeypatch, 
             save(self, path)
         if when == "within":
             path.write_bytes(path.read_bytes()[:100])
-        raise KeyboardInterrupt
+        raise error
 
     kept = Measurements(tmp_path, FACTS)
     kept.store(statistics("old"))
     with monkeypatch.context() as patch:
         patch.setattr(SourceStatistics, "save", stop)
         for name in ("new", "old"):
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(error):
                 kept.store(statistics(name, seed=3))
+    assert not list(tmp_path.rglob("*.tmp"))
     for measurements in (kept, Measurements(tmp_path, FACTS)):
         assert list(measurements) == ["old"]
         assert "new" not in measurements
         assert same(measurements["old"], statistics("old"))
-    # And the next run writes over whatever lay about.
     kept.store(statistics("new", seed=3))
     assert same(kept["new"], statistics("new", seed=3))
+
+
+def failing(function, calls, at):
+    def wrapped(*arguments, **more):
+        calls.append(function)
+        if len(calls) < at:
+            return function(*arguments, **more)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return wrapped
+
+
+def test_a_full_disk_at_any_step_loses_nothing(tmp_path, monkeypatch):
+    def run(root):
+        kept = Measurements(root, FACTS)
+        for seed, name in enumerate(("a", "b")):
+            if name not in kept:
+                kept.store(statistics(name, seed))
+            if kept.text(name, {}) is None:
+                kept.keep_text(name, {}, name)
+        return kept
+
+    for at in itertools.count(1):
+        root, calls = tmp_path / f"cache-{at}", []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing(os.fsync, calls, at))
+            for name in ("write_bytes", "replace", "mkdir"):
+                patch.setattr(Path, name, failing(getattr(Path, name), calls, at))
+            try:
+                run(root)
+            except OSError as error:
+                message = str(error)
+            else:
+                break
+        assert "No space left on device" in message
+        assert "run again with --resume" in message
+        assert not list(tmp_path.rglob("*.tmp"))
+        kept = run(root)
+        assert sorted(kept) == ["a", "b"]
+        assert all(same(kept[name], statistics(name, seed)) for seed, name in enumerate(("a", "b")))
+        assert [kept.text(name, {}) for name in ("a", "b")] == ["a", "b"]
+    assert len(calls) > 20
+
+
+def test_a_system_that_refuses_to_write_more_is_an_error_of_one_line(tmp_path):
+    resource = pytest.importorskip("resource")
+    kept = Measurements(tmp_path, FACTS)
+    kept.store(statistics())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        for write in (lambda: kept.store(statistics(seed=1)), lambda: kept.keep_text("a", {}, "x" * 200)):
+            with pytest.raises(OSError, match=r"cannot be written .*File too large.*free space.*--resume"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert same(kept[statistics().name], statistics())
+    assert kept.text("a", {}) is None
+
+
+def test_only_old_temporary_files_are_removed_since_another_run_may_be_writing(tmp_path):
+    folder = Measurements(tmp_path, FACTS).folder
+    for name, age in (("old", 7200), ("new", 0)):
+        path = folder / f".{name}.safetensors.12345678.tmp"
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    Measurements(tmp_path, FACTS)
+    assert [path.name for path in folder.glob(".*.tmp")] == [".new.safetensors.12345678.tmp"]
+
+
+def write_many(folder, seed):
+    kept = Measurements(folder, FACTS)
+    for _ in range(15):
+        for index in range(3):
+            kept.store(statistics(f"layer.{index}", 10 * index))
+            kept.keep_text(f"layer.{index}", {}, f"text {index}")
+    os._exit(0 if len(kept) == 3 else 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_runs_that_write_the_same_measurements_at_once_do_not_spoil_them(tmp_path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(tmp_path, seed)) for seed in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    kept = Measurements(tmp_path, FACTS)
+    assert sorted(kept) == ["layer.0", "layer.1", "layer.2"]
+    for index in range(3):
+        assert same(kept[f"layer.{index}"], statistics(f"layer.{index}", 10 * index))
+        assert kept.text(f"layer.{index}", {}) == f"text {index}"
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_texts_survive_by_name_and_facts(tmp_path):
@@ -152,13 +393,23 @@ def test_texts_survive_by_name_and_facts(tmp_path):
     assert list(kept) == []
     kept.keep_text("a", {"x": 1}, "anew")
     assert kept.text("a", {"x": 1}) == "anew"
-    assert not [path for path in files(tmp_path) if path.suffix == ".tmp"]
 
 
-def test_a_text_that_cannot_be_read_is_named(tmp_path):
+def test_damaged_texts_are_missing(tmp_path):
     kept = Measurements(tmp_path, FACTS)
-    kept.keep_text("a", {}, "text")
-    (path,) = files(tmp_path)
-    path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(CheckpointError, match=r"a\.json: cannot be read .*: delete it"):
-        kept.text("a", {})
+    text = json.dumps({"energy": 1.25})
+    kept.keep_text("a", {}, text)
+    path = kept.text_path("a", {})
+    whole = path.read_bytes()
+    others = (
+        seal(None),
+        seal([]),
+        seal({"name": "a"}),
+        seal({"name": "a", "text": 3}),
+        seal({"name": "b", "text": text}),
+    )
+    for data in (*damaged(whole), *others, b"\xff\xfe\xff", b"[" * 100_000, text.encode()):
+        path.write_bytes(data)
+        assert kept.text("a", {}) is None, data
+    kept.keep_text("a", {}, text)
+    assert kept.text("a", {}) == text

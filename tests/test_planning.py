@@ -7,10 +7,13 @@ from cospadi.calibration.gradients import SourceStatistics
 from cospadi.choices import Factors, Quantized
 from cospadi.config import CompressionConfig
 from cospadi.errors import UsageError
+from cospadi.executors.local import SerialExecutor
 from cospadi.factorize import Method, approximate, rounded
 from cospadi.formats.base import FORMATS
 from cospadi.formats.packing import group_bits, pack_group, unpack_group
 from cospadi.groups import Group
+from cospadi.inputs import GroupInputs
+from cospadi.job import Job
 from cospadi.layers import Layer
 from cospadi.measurements import Measurements
 from cospadi.menus import Corrections, menu
@@ -70,14 +73,33 @@ class World:
     def singles(self):
         return [Group((layer,)) for group in self.groups for layer in group.layers]
 
-    def maker(self, config):
-        def make(group):
+    def reader(self, group):
+        def read():
             self.made.append(group.name)
-            weights = [self.weights[layer.name] for layer in group.layers]
-            weighted = config.cost == "sensitivity"
-            return objective(group, weights, self.statistics, config.damping, column_weights=weighted)
+            weights = {layer.name: self.weights[layer.name] for layer in group.layers}
+            return GroupInputs(weights, {}, {layer.source: self.statistics[layer.source] for layer in group.layers})
 
-        return make
+        return read
+
+    def objective(self, config, group):
+        weights = [self.weights[layer.name] for layer in group.layers]
+        weighted = config.cost == "sensitivity"
+        return objective(group, weights, self.statistics, config.damping, column_weights=weighted)
+
+    def job(self, config, measurements, own=None, groups=None, tell=lambda event: None):
+        """What planning sees of a run: no model, but what reads the inputs of its groups."""
+        unused = dict.fromkeys(("source", "map", "windows", "budget"))
+        return Job(
+            config=config,
+            method=own or method(),
+            reason="",
+            groups=tuple(groups or self.groups),
+            measurements=measurements,
+            executor=SerialExecutor("cpu", 1),
+            reader=self.reader,
+            tell=tell,
+            **unused,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +123,7 @@ def plan(world, measurements):
     def plan(config, own=None, groups=None):
         own, groups = own or method(), groups or world.groups
         families = families_of(config, own)
-        make = world.maker(config)
-        profiles = profile_groups(config, families, groups, make, measurements, lambda done, total: None)
+        profiles = profile_groups(world.job(config, measurements, own, groups), families)
         return allocate(config, own, families, groups, profiles, Corrections())
 
     return plan
@@ -348,16 +369,15 @@ def test_profiles_are_measured_once_and_grow(world, tmp_path):
         config = recipe(**more)
         world.made.clear()
         steps = []
-        found = profile_groups(
-            config,
-            families_of(config, method()),
-            world.groups,
-            world.maker(config),
-            kept,
-            lambda done, total: steps.append((done, total)),
-        )
-        assert steps == [(i + 1, 6) for i in range(6)]
-        return found, len(world.made)
+        found = profile_groups(world.job(config, kept, tell=steps.append), families_of(config, method()))
+        made = len(world.made)
+        # Whoever measures says first that the stage begins.
+        assert [(step.done, step.total) for step in steps] == [(i, 6) for i in range(0 if made else 1, 7)]
+        assert all(step.resumed == (made == 0) for step in steps)
+        work = [step.work_done for step in steps]
+        assert work == sorted(set(work))
+        assert work[-1] == pytest.approx(steps[-1].work_total)
+        return found, made
 
     first, made = profiles(storage="quantized")
     assert made == 6
@@ -379,9 +399,10 @@ def test_profiles_are_measured_once_and_grow(world, tmp_path):
 def test_corrections_are_what_solving_and_rounding_did(world, tmp_path, monkeypatch):
     config, own = recipe(), method()
     families, kept = families_of(config, own), Measurements(tmp_path, {})
-    make = world.maker(config)
-    profiles = profile_groups(config, families, world.groups, make, kept, lambda done, total: None)
-    found = measure_corrections(config, own, families, world.groups, profiles, make, kept)
+    profiles = profile_groups(world.job(config, kept), families)
+    steps = []
+    found = measure_corrections(world.job(config, kept, own, tell=steps.append), families, profiles)
+    assert [(step.done, step.total, step.resumed) for step in steps] == [(i, 3, False) for i in range(4)]
     assert {key.split()[0] for key in found.solved} == {"qx2", "upx1", "downx1"}
     assert {key.split()[1] for key in found.solved} == {"input", "output", SPARSE}
     assert "downx1 output" in found.solved
@@ -392,7 +413,7 @@ def test_corrections_are_what_solving_and_rounding_did(world, tmp_path, monkeypa
     # The second of the two is the middle one; its sparse corrections, computed by hand.
     group, profile = world.groups[4], profiles[4]
     assert group.name == "b.1.up"
-    given, points = make(group), profile.points[SPARSE]
+    given, points = world.objective(config, group), profile.points[SPARSE]
 
     def solved(point, value_dtype):
         choice = Factors(point.n_atoms, point.n_nonzero, "input", value_dtype, "none")
@@ -409,10 +430,13 @@ def test_corrections_are_what_solving_and_rounding_did(world, tmp_path, monkeypa
         assert found.rounded[f"upx1 sparse {value_dtype}"] == pytest.approx(expected, rel=1e-6, abs=1e-12)
     # Kept, for any ratio; with another solver measured again.
     world.made.clear()
-    assert measure_corrections(recipe(ratio=0.7), own, families, world.groups, profiles, make, kept) == found
+    steps.clear()
+    again = world.job(recipe(ratio=0.7), kept, own, tell=steps.append)
+    assert measure_corrections(again, families, profiles) == found
     assert world.made == []
+    assert [(step.done, step.resumed) for step in steps] == [(1, True), (2, True), (3, True)]
     monkeypatch.setattr("cospadi.planning._correct", lambda *given: None)
-    other = measure_corrections(config, method("orthogonal"), families, world.groups, profiles, make, kept)
+    other = measure_corrections(world.job(config, kept, method("orthogonal")), families, profiles)
     assert other == Corrections()
     assert world.made == ["b.1.q", "b.1.up", "b.1.down"]
     # They make the prediction of the menu exact where they were measured, up to what rounding adds.

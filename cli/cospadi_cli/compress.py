@@ -6,36 +6,58 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cospadi.errors import CospadiError, UsageError
+from cospadi.events import Evaluated, Listener, Stopped
+from cospadi.execution import Execution
 from cospadi_cli import render
-from cospadi_cli.options import recipe_from, recipe_options
+from cospadi_cli.options import execution_from, execution_options, recipe_from, recipe_options
+from cospadi_cli.progress import progress
+from cospadi_cli.stopping import Terminated, stoppable
 
 if TYPE_CHECKING:
     from cospadi.config import CompressionConfig
+    from cospadi.evaluation.comparison import Protocol
+    from cospadi.report import Report
 
 PROMPT = "The President of the United States said that"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One compression with its closing evaluation, as the command line was asked for it."""
+    """One compression with its closing evaluation, as the command line was asked for it.
+
+    Attributes
+    ----------
+    typed : str
+        The command line, to be repeated with --resume.
+    """
 
     config: "CompressionConfig"
     model: str | None
     out: Path
-    resume: bool
     eval_text: str | None
     eval_tokens: int
+    typed: str
+    execution: Execution
+    cache: Path | None
+    resume: bool
     as_json: bool
     quiet: bool
-    cache: Path | None
-    typed: str
-    """The command line, to be repeated with --resume."""
+    log_file: Path | None
+    events: str | None
 
 
 def output_options(command: Any) -> Any:
     """Add what ``compress`` and ``demo`` have in common besides the recipe."""
     for option in (
-        click.option("--quiet", is_flag=True, help="No progress and no tables."),
+        click.option(
+            "--events",
+            metavar="FILE",
+            help="Append what happens to FILE, one JSON object a line (see docs/sdk.md); - writes it on standard "
+            "output, in place of the tables.",
+        ),
+        click.option("--log-file", type=Path, metavar="FILE", help="Append the progress to FILE, with times in UTC."),
+        click.option("--quiet", is_flag=True, help="No progress and no tables, only errors."),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output."),
         click.option("--resume", is_flag=True, help="Continue the interrupted run that OUT holds, if there is one."),
         click.option(
@@ -52,6 +74,7 @@ def output_options(command: Any) -> Any:
 @click.argument("model", required=False)
 @click.option("-o", "--out", type=Path, help="New folder for the result.  [default: cospadi-MODEL-RATIO]")
 @recipe_options()
+@execution_options
 @click.option("--eval-text", metavar="FILE|hf:NAME", help="Text of the closing evaluation; default: the package's own.")
 @click.option(
     "--eval-tokens",
@@ -66,23 +89,42 @@ def compress(
     typed: str,
     model: str | None,
     out: Path | None,
-    resume: bool,
-    cache: Path | None,
     eval_text: str | None,
     eval_tokens: int,
+    cache: Path | None,
+    resume: bool,
     as_json: bool,
     quiet: bool,
+    log_file: Path | None,
+    events: str | None,
     **values: Any,
 ) -> None:
     """Compress MODEL, a folder or hub id; without it the embedded SmolLM2-135M-Instruct.
 
     Writes a folder that `cospadi.load` reads, with report.json and a model card, and compares both models on a text.
-    An interrupted run goes on with --resume.
+    An interrupted run goes on with --resume; Ctrl-C and SIGTERM keep what is finished.
     """
+    execution = execution_from(values)
     config = recipe_from(values)
     name = Path(model).resolve().name if model else "SmolLM2-135M-Instruct"
     out = out or Path(f"cospadi-{name}-{config.ratio:g}")
-    execute(Run(config, model, out, resume, eval_text, eval_tokens, as_json, quiet, cache, typed))
+    execute(
+        Run(
+            config,
+            model,
+            out,
+            eval_text,
+            eval_tokens,
+            typed,
+            execution,
+            cache,
+            resume,
+            as_json,
+            quiet,
+            log_file,
+            events,
+        )
+    )
 
 
 def execute(run: Run) -> None:
@@ -95,10 +137,30 @@ def execute(run: Run) -> None:
     CospadiError
         As of ``cospadi.pipeline.compress``.
     """
+    if run.as_json and run.events == "-":
+        raise UsageError("--json and --events - both want standard output: write the events to a file")
+    try:
+        with stoppable():
+            report = _work(run)
+    except KeyboardInterrupt as stop:
+        again = _again(run)
+        if again is not None:
+            click.echo(f"\nWhat is finished is kept. To go on: {again}", err=True)
+        if not isinstance(stop, Terminated):
+            raise
+        click.echo("Error: terminated", err=True)
+        raise click.exceptions.Exit(143) from stop
+    if run.as_json:
+        render.print_json(report)
+    elif not run.quiet and run.events != "-":
+        render.show_report(report, run.out)
+
+
+def _work(run: Run) -> "Report":
     from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text
     from cospadi.pipeline import choose_method, write_report
     from cospadi.pipeline import compress as compress_model
-    from cospadi.work import WORK, check_output
+    from cospadi.work import check_output
     from cospadi_cli import measuring
 
     choose_method(run.config)
@@ -111,21 +173,50 @@ def execute(run: Run) -> None:
     window = run.config.calibration.seq_len
     name = run.eval_text or "the public-domain evaluation text of the package"
     protocol = measuring.protocol(model, name, text, run.eval_tokens, window, PROMPT) if run.eval_tokens else None
-    try:
-        with render.progress(run.quiet) as listener:
-            report = compress_model(model, run.out, run.config, cache=run.cache, resume=run.resume, on_event=listener)
-        if protocol is not None:
-            report["evaluation"] = measuring.compare_folders(model, run.out, protocol, run.config, run.quiet)
-            write_report(run.out, report)
-    except KeyboardInterrupt:
-        if (run.out / WORK).is_dir():
-            again = run.typed if run.resume else f"{run.typed} --resume"
-            click.echo(f"\nWhat is finished is kept. To go on: {again}", err=True)
-        raise
-    if run.as_json:
-        render.print_json(report)
-    elif not run.quiet:
-        render.show_report(report, run.out)
+    with progress(run.quiet, run.log_file, run.events) as tell:
+        try:
+            report = compress_model(
+                model,
+                run.out,
+                run.config,
+                cache=run.cache,
+                resume=run.resume,
+                execution=run.execution,
+                command=run.typed,
+                on_event=tell,
+            )
+            if protocol is not None and report["evaluation"] is None:
+                report["evaluation"] = _evaluate(run, model, protocol, tell)
+                write_report(run.out, report)
+        except KeyboardInterrupt as stop:
+            tell(Stopped("terminated" if isinstance(stop, Terminated) else "interrupted", _again(run)))
+            raise
+        except (CospadiError, OSError) as error:
+            tell(Stopped(str(error), _again(run)))
+            raise
+    return report
+
+
+def _evaluate(run: Run, model: str, protocol: "Protocol", tell: Listener) -> dict[str, Any]:
+    """Measure the dense and the compressed model."""
+    from cospadi.evaluation.comparison import compare
+    from cospadi.evaluation.folder import measure_folders
+
+    def progress(done: float, total: int) -> None:
+        tell(Evaluated(int(done), total, work_done=done))
+
+    config = run.config
+    found = measure_folders((model, run.out), protocol, config.backend, config.device, run.execution, progress)
+    return compare(found[0], found[1], protocol)
+
+
+def _again(run: Run) -> str | None:
+    """Give the command that goes on; None where nothing was begun or all is finished."""
+    from cospadi.work import WORK
+
+    if not (run.out / WORK).is_dir():
+        return None
+    return run.typed if run.resume else f"{run.typed} --resume"
 
 
 def _embedded(quiet: bool) -> str:

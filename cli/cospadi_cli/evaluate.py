@@ -1,9 +1,11 @@
 """``eval``: perplexity and multiple choice of a model, beside a baseline if asked."""
 
+from typing import Any
+
 import click
 
 from cospadi_cli import render
-from cospadi_cli.options import recipe_options
+from cospadi_cli.options import execution_from, execution_options, recipe_options
 
 
 @click.command("eval")
@@ -18,6 +20,7 @@ from cospadi_cli.options import recipe_options
     "--choices", metavar="FILE", help="Multiple choice from JSON lines, or 'embedded' for the package's sample."
 )
 @recipe_options("backend", "device")
+@execution_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def evaluate(
@@ -31,6 +34,7 @@ def evaluate(
     device: str | None,
     as_json: bool,
     quiet: bool,
+    **values: Any,
 ) -> None:
     """Evaluate the model at PATH, compressed or dense.
 
@@ -41,8 +45,10 @@ def evaluate(
     from cospadi.errors import UsageError
     from cospadi.evaluation.choices import read_questions
     from cospadi.evaluation.comparison import compare
+    from cospadi.evaluation.folder import measure_folders
     from cospadi_cli import measuring
 
+    execution = execution_from(values)
     defaults = CompressionConfig()
     backend, device = backend or defaults.backend, device or defaults.device
     measuring.check_backend(backend)
@@ -53,11 +59,10 @@ def evaluate(
     protocol = measuring.protocol(path, name, content, tokens, window, questions=questions)
     if protocol is None:
         raise UsageError(f"{path} is not a causal language model: perplexity needs one")
-    before = None
-    if baseline is not None:
-        before = measuring.measure_folder(baseline, protocol, backend, device, "evaluating the baseline", quiet)
-    after = measuring.measure_folder(path, protocol, backend, device, "evaluating the model", quiet)
-    evaluation = compare(before, after, protocol)
+    paths = (path,) if baseline is None else (baseline, path)
+    with render.working(f"evaluating {' and '.join(paths)}", quiet):
+        found = measure_folders(paths, protocol, backend, device, execution)
+    evaluation = compare(found[0] if baseline is not None else None, found[-1], protocol)
     if as_json:
         render.print_json({"model": path, "baseline_model": baseline, **evaluation})
     else:

@@ -19,6 +19,7 @@ def generate(
 ) -> None:
     """Continue a prompt greedily with the model at PATH, compressed or dense."""
     from cospadi.config import CompressionConfig
+    from cospadi.evaluation.folder import load_model
     from cospadi.evaluation.generation import generate as continue_prompt
     from cospadi.models import read_tokenizer
     from cospadi_cli import measuring
@@ -27,7 +28,7 @@ def generate(
     backend, device = backend or defaults.backend, device or defaults.device
     measuring.check_backend(backend)
     render.quieten_libraries()
-    model = measuring.load_model(path, backend, device)
+    model = load_model(path, backend, device)
     continuation = continue_prompt(model, read_tokenizer(path), prompt, max_new_tokens)
     if as_json:
         render.print_json({"model": path, "prompt": prompt, "continuation": continuation})

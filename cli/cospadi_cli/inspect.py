@@ -1,5 +1,7 @@
 """``inspect``: what a checkpoint holds, group by group."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,85 @@ from cospadi_cli import render
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def inspect(path: Path, as_json: bool) -> None:
     """Show the groups of the checkpoint at PATH: sizes, bytes, errors and the worst layers."""
-    inspection = _inspect(path)
+    inspection = inspect_checkpoint(path)
     if as_json:
         render.print_json({"path": str(path), **inspection})
+    elif not inspection["groups"]:
+        click.echo(f"{path}: no layer is compressed")
     else:
         render.show_inspection(str(path), inspection)
 
 
-def _inspect(path: Path) -> dict[str, Any]:
-    """Give the rows of report.json, or without one those that config.json alone can give: sizes but no errors."""
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """Give the rows of report.json, or without one those that config.json alone can give: sizes but no errors.
+
+    Raises
+    ------
+    CheckpointError
+        A file is damaged, or report.json tells of another checkpoint.
+    UsageError
+        The folder is no compressed checkpoint.
+    """
     from cospadi.errors import CheckpointError
-    from cospadi.formats.checkpoint import CheckpointConfig
-    from cospadi.formats.verify import read_json
+    from cospadi.formats.checksums import check_checksums
+    from cospadi.formats.folder import read_json
+    from cospadi.formats.verify import read_config
     from cospadi.loading import require_checkpoint
 
     require_checkpoint(path)
-    settings = CheckpointConfig.from_dict(read_json(path, "config.json")["quantization_config"])
+    check_checksums(path, ["config.json"])
+    described = _from_config(read_config(path))
     report = path / "report.json"
     if not report.is_file():
-        return _from_config(settings)
+        return described
     data = read_json(path, "report.json")
+    if not _fits(data, described):
+        raise CheckpointError(
+            f"{report} is damaged or tells of another checkpoint: delete it to see what config.json alone says"
+        )
+    return {"groups": data["groups"], "totals": data["totals"], "evaluation": data["evaluation"]}
+
+
+def _fits(report: dict[str, Any], described: dict[str, Any]) -> bool:
+    """Tell whether a report has what is shown, and says of the groups what config.json does."""
     try:
-        return {"groups": data["groups"], "totals": data["totals"], "evaluation": data["evaluation"]}
-    except KeyError as error:
-        raise CheckpointError(f"{report} is damaged: delete it to see what config.json alone says") from error
+        json.dumps(report, allow_nan=False)
+    except ValueError:  # NaN or infinity
+        return False
+    rows, totals = report.get("groups"), report.get("totals")
+    if "evaluation" not in report or not isinstance(totals, dict) or not isinstance(rows, list):
+        return False
+    if not all(_is_count(totals.get(key)) for key in ("n_layers", "n_groups", "layer_bytes", "layer_dense_bytes")):
+        return False
+    if not totals["layer_dense_bytes"]:
+        return False
+    expected = described["groups"]
+    return len(rows) == len(expected) and all(_agrees(row, known) for row, known in zip(rows, expected, strict=True))
+
+
+def _agrees(row: Any, known: Mapping[str, Any]) -> bool:
+    if not isinstance(row, dict) or not set(known) <= set(row):
+        return False
+    for key, value in known.items():
+        found = row[key]
+        if key == "members":
+            if not isinstance(found, list) or len(found) != len(value):
+                return False
+            if not all(_agrees(member, one) for member, one in zip(found, value, strict=True)):
+                return False
+        elif key == "relative_error":
+            if type(found) not in (int, float) or not 0 <= found < 2**63:
+                return False
+        elif key == "n_nonzero" and value is not None:
+            if not _is_count(found):
+                return False
+        elif type(found) is not type(value) or found != value:
+            return False
+    return True
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _from_config(settings: Any) -> dict[str, Any]:
@@ -66,11 +123,10 @@ def _from_config(settings: Any) -> dict[str, Any]:
         n_nonzero = round(sum(member.n_stored for member in group.members) / columns)
         plain = group.format == "identity"
         row |= {"n_atoms": None if plain else group.n_atoms, "n_nonzero": None if plain else n_nonzero}
-        kind = (
-            "quantized" if group.format == "identity" else "sparse" if group.dictionary_dtype == "none" else "factors"
-        )
-        row |= {"kind": kind, "side": group.side}
-        row |= {"value_dtype": group.value_dtype, "dictionary_dtype": group.dictionary_dtype}
+        row |= {"kind": "quantized" if plain else "sparse" if group.dictionary_dtype == "none" else "factors"}
+        row |= {"side": None if plain else group.side}
+        row |= {"value_dtype": group.dictionary_dtype if plain else group.value_dtype}
+        row |= {"dictionary_dtype": group.dictionary_dtype}
         row |= {"relative_error": None, "bytes": sum(tensors.values()), "dense_bytes": 2 * group.in_features * outputs}
         rows.append(row)
     totals = {"n_layers": sum(len(row["members"]) for row in rows), "n_groups": len(rows)}

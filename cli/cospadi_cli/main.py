@@ -17,6 +17,7 @@ from cospadi_cli.generate import generate
 from cospadi_cli.inspect import inspect
 from cospadi_cli.registries import backends, formats, solvers
 from cospadi_cli.selftest import selftest
+from cospadi_cli.status import status
 from cospadi_cli.tune import tune
 
 PROGRAM = "cospadi-cli"
@@ -74,7 +75,7 @@ def main(ctx: click.Context) -> None:
 
 
 for _command in (
-    *(bench, compress, decompress, demo, evaluate, generate, inspect, selftest, tune),
+    *(bench, compress, decompress, demo, evaluate, generate, inspect, selftest, status, tune),
     *(solvers, backends, formats),
 ):
     main.add_command(_command)

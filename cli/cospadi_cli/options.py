@@ -1,4 +1,4 @@
-"""Command-line options made from the recipe's fields: name, type, default and help are written once, in config.py."""
+"""Options that commands share; those of the recipe are made from its fields, which are described once, in config.py."""
 
 import re
 import types
@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from cospadi.config import CompressionConfig, read_recipe
 from cospadi.errors import UsageError
+from cospadi.execution import Execution, parse_size
 from cospadi.registry import Registry
 
 _FLAGS = {
@@ -75,6 +76,53 @@ def recipe_from(values: dict[str, Any]) -> CompressionConfig:
             value = {**(place.get("solver_options") or {}), **dict(map(_key_value, value))}
         place[path[-1]] = value
     return CompressionConfig.from_dict(data)
+
+
+def execution_options(command: Command) -> Command:
+    """Add the flags that say where and within what a command works; ``execution_from`` reads their values."""
+    for option in (
+        click.option(
+            "--ray-inputs",
+            type=click.Choice(["shared", "object-store"]),
+            default="shared",
+            show_default=True,
+            help="How weights and Grams reach a worker: from folders that all machines see, or through Ray.",
+        ),
+        click.option("--ray-address", help="Ray cluster to join, such as auto or HOST:6379; default: a new one here."),
+        click.option(
+            "--threads", type=click.IntRange(min=1), help="Threads of each task; they may change the last digits."
+        ),
+        click.option("--workers", type=click.IntRange(min=1), help="Tasks at a time; by default the executor decides."),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            show_default=True,
+            help="Work on this machine, or on a Ray cluster.",
+        ),
+        click.option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Memory that the run may take, such as 8GiB: the model is read block by block; default: no limit.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def execution_from(values: dict[str, Any]) -> Execution:
+    """Take the values of ``execution_options`` out of a command's and make them one.
+
+    Raises
+    ------
+    UsageError
+        A value is not allowed.
+    """
+    names = ("max_memory", "executor", "workers", "threads", "ray_address", "ray_inputs")
+    given = {name: values.pop(name) for name in names}
+    if given["max_memory"] is not None:
+        given["max_memory"] = parse_size(given["max_memory"])
+    return Execution(**given)
 
 
 def _fields(model: type[BaseModel], prefix: Path = ()) -> list[tuple[Path, type[BaseModel], FieldInfo]]:

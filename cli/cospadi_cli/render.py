@@ -1,22 +1,17 @@
-"""Everything that is printed: progress on standard error, tables or JSON on standard output."""
+"""Tables and JSON on standard output."""
 
 import json
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from cospadi.events import Calibrated, Event, GroupFinished, Listener, Planned, Profiled
 
 _WIDTH = 120
 """Columns when the output is no terminal, where rich would assume 80."""
@@ -55,67 +50,6 @@ def working(label: str, quiet: bool = False) -> Iterator[None]:
     else:
         screen.print(label, style=None, markup=False)
         yield
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Listener]:
-    """Give a listener for the pipeline's events: a live bar in a terminal, else one plain line per event."""
-    screen = console(stderr=True)
-    if quiet:
-        yield lambda event: None
-    elif not screen.is_terminal:
-        yield lambda event: click.echo(describe_event(event), err=True)
-    else:
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=screen,
-        )
-        task = bar.add_task("loading the model", total=None)
-        last: deque[Text] = deque(maxlen=5)
-        with Live(Group(bar), console=screen, refresh_per_second=4) as live:
-
-            def listener(event: Event) -> None:
-                if isinstance(event, Calibrated):
-                    bar.update(task, total=event.total, completed=event.done, description=f"calibrating {event.of}")
-                elif isinstance(event, Profiled):
-                    bar.update(task, total=event.total, completed=event.done, description="profiling groups")
-                elif isinstance(event, Planned):
-                    bar.reset(task, total=event.n_units, description="solving")
-                    screen.print(Text(describe_event(event)))
-                elif isinstance(event, GroupFinished):
-                    bar.update(task, completed=event.done)
-                    last.append(Text(describe_event(event), style="dim"))
-                live.update(Group(*last, bar))
-
-            yield listener
-
-
-def describe_event(event: Event) -> str:
-    """Phrase one event of the pipeline on one line."""
-    if isinstance(event, Planned):
-        solver = f"; solver {event.solver} ({event.reason})" if event.n_factors else ""
-        return (
-            f"{event.n_layers} layers: {event.n_factors} groups as factors, {event.n_units - event.n_factors} groups "
-            f"sparse or quantised, {event.n_dense} layers kept dense{solver}"
-        )
-    if isinstance(event, Calibrated):
-        return f"calibrated: {event.done} of {event.total} {event.of}"
-    if isinstance(event, Profiled):
-        return f"profiled: {event.done} of {event.total} groups"
-    if isinstance(event, GroupFinished):
-        row, how = event.row, "taken over" if event.resumed else f"{event.seconds:.1f} s"
-        shared = f" (+{len(row['members']) - 1})" if len(row["members"]) > 1 else ""
-        return (
-            f"[{event.done}/{event.total}] {row['name']}{shared}: {row['solver']} {row['value_dtype']}, "
-            f"error {row['relative_error']:.4f}, "
-            f"{size(row['bytes'])} of {size(row['dense_bytes'])}, {how}"
-        )
-    return f"written to {event.path}"
 
 
 def size(n_bytes: float) -> str:

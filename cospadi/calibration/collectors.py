@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -64,12 +65,16 @@ class GramCollector(Collector[Gram]):
         The layers to watch.
     in_features : mapping of str to int
         Their input widths.
+    device : torch.device
+        Where the sums are kept.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], in_features: Mapping[str, int]) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], in_features: Mapping[str, int], device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__(layers)
-        for name, layer in layers.items():
-            self.statistics[name] = Gram(name, in_features[name], layer.get_parameter("weight").device)
+        for name in layers:
+            self.statistics[name] = Gram(name, in_features[name], device)
 
     def observe(self, name: str, inputs: Tensor) -> None:
         """Add the inputs to the layer's Gram."""

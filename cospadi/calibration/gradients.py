@@ -207,6 +207,14 @@ class SourceStatistics:
         for layer, sensitivity in self.layers.items():
             sensitivity.merge(other.layers[layer])
 
+    def to(self, device: torch.device | str) -> "SourceStatistics":
+        """Give the same sums on a device."""
+        if all(tensor.device == torch.device(device) for tensor in self._tensors().values()):
+            return self
+        there = SourceStatistics(**self._description(), device=device)
+        there._restore(self._tensors(), self._counts())
+        return there
+
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, exactly."""
         tensors = {key: tensor.cpu().contiguous() for key, tensor in self._tensors().items()}

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.collectors import Collector
 from cospadi.calibration.lockstep import Lockstep
-from cospadi.calibration.stages import count_tokens, map_tensors
+from cospadi.calibration.nesting import count_tokens, hidden_states, map_tensors
 from cospadi.layers import weight_matrix
 
 
@@ -44,14 +45,21 @@ class BlockPasses:
         Runs the model on one batch.
     batches : sequence
         Arguments of ``call``.
+    cache : ActivationCache, optional
+        Where the hidden states wait.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[str], call: Callable[[Any], Any], batches: Sequence[Any]
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        call: Callable[[Any], Any],
+        batches: Sequence[Any],
+        cache: ActivationCache | None = None,
     ) -> None:
         self._model = model
         self._blocks = [model.get_submodule(name) for name in blocks]
-        self._begin = lambda: Lockstep(self._blocks, call, batches)
+        self._begin = lambda: Lockstep(self._blocks, call, batches, cache)
         self._lockstep = self._begin()
         self._given: dict[int, tuple[Any, Any]] = {}  # by batch
         self._next = 0
@@ -90,8 +98,11 @@ class BlockPasses:
 
     def inputs(self, block: int, batch: int, names: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
         """Run the present block on a batch as far as some layers; give its number of tokens and their inputs."""
-        # Clones, as a block may change the hidden states in place.
-        args, kwargs = map_tensors(self._given[batch], Tensor.clone)
+        # Clones, as a block may change the hidden states in place; these may wait in a file.
+        hidden = hidden_states(*self._given[batch])
+        args, kwargs = map_tensors(
+            self._given[batch], lambda t: (self._lockstep.waiting(batch) if t is hidden else t).clone()
+        )
         layers = {name: self._model.get_submodule(name) for name in names}
         self._busy = True
         try:
@@ -100,6 +111,12 @@ class BlockPasses:
         finally:
             self._busy = False
         return count_tokens(args, kwargs), collector.statistics
+
+    @property
+    def device(self) -> torch.device:
+        """Where the hidden states are."""
+        hidden = hidden_states(*self._given[0])
+        return torch.device("cpu") if hidden is None else hidden.device
 
     def weight(self, name: str) -> Tensor:
         """Give W of a layer, a view."""

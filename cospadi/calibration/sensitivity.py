@@ -1,6 +1,7 @@
 """One backward pass over the calibration tokens: which outputs of which layers the model's loss depends on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -9,21 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cospadi.calibration.activations import ActivationCache
+from cospadi.calibration.gradient_passes import GradientPasses
 from cospadi.calibration.gradients import SourceStatistics
-from cospadi.calibration.labels import choose_labels, model_output
-from cospadi.calibration.recomputation import checkpointed, frozen
-from cospadi.errors import UsageError
+from cospadi.calibration.labels import Labels, choose_labels, model_output
+from cospadi.errors import NumericalError, UsageError
 from cospadi.layers import Layer, ModelMap
 
-_MAX_LOGITS = 1 << 27
-"""Logits of one batch (512 MiB in float32); a larger batch is divided, which changes the result by rounding only."""
+_MAX_LOGITS = 1 << 25
+"""Logits of one batch (128 MiB in float32); a larger batch is divided, which changes the result by rounding only."""
 
 
 class SensitivityCollector:
     """Sums what the backward pass brings to each layer; a context manager that owns its hooks.
 
-    Inputs that the weighted Gram needs are saved through autograd, so that with activation checkpointing they are
-    recomputed with the rest of their block and not kept.
+    Inputs that the weighted Gram needs are saved through autograd with the rest of their block.
 
     Parameters
     ----------
@@ -35,6 +36,8 @@ class SensitivityCollector:
         Which sums to keep beside the squares; see ``SourceStatistics``.
     note : str
         How the loss is defined.
+    device : torch.device
+        Where the sums are kept: that of the inputs.
 
     Attributes
     ----------
@@ -51,6 +54,7 @@ class SensitivityCollector:
         weighted: bool = False,
         output_grams: bool = False,
         note: str = "",
+        device: torch.device | str = "cpu",
     ) -> None:
         self._modules = modules
         self._members: dict[str, list[Layer]] = {}
@@ -65,13 +69,12 @@ class SensitivityCollector:
                 grams=grams,
                 weighted=weighted,
                 output_grams=output_grams,
-                device=modules[members[0].name].get_parameter("weight").device,
+                device=device,
                 note=note,
             )
             for source, members in self._members.items()
         }
         self._handles: list[RemovableHandle] = []
-        self._recomputing = False
         # A layer's call between its two forward hooks, and the inputs of each source whose weights are not complete.
         self._calls: dict[str, _Call] = {}
         self._pending: dict[str, _Pending] = {}
@@ -94,19 +97,16 @@ class SensitivityCollector:
         self._calls.clear()
         self._pending.clear()
 
-    def backward(self, output: Tensor, gradient: Tensor, n_tokens: int) -> None:
-        """Run the backward pass of one batch from the gradient at the model's output.
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], n_tokens: int) -> None:
+        """Run the backward pass of one batch from the gradients at what was computed from the layers.
 
         Raises
         ------
         NumericalError
             A gradient is NaN or infinite; names the layer.
         """
-        self._recomputing = True
-        try:
-            torch.autograd.backward([output], [gradient])
-        finally:
-            self._recomputing = False
+        if outputs:
+            torch.autograd.backward(list(outputs), list(gradients))
         for source in list(self._pending):
             self._flush(source)
         for statistics in self.statistics.values():
@@ -114,10 +114,9 @@ class SensitivityCollector:
 
     def _receive(self, source: str, layer: Layer, counts: bool, module: nn.Module, args: tuple[Any, ...]) -> Any:
         inputs = args[0]
-        if not self._recomputing:
-            if counts:
-                self.statistics[source].add_inputs(inputs)
-            self.statistics[source].layers[layer.name].n_tokens += inputs.numel() // inputs.shape[-1]
+        if counts:
+            self.statistics[source].add_inputs(inputs)
+        self.statistics[source].layers[layer.name].n_tokens += inputs.numel() // inputs.shape[-1]
         if not inputs.requires_grad:  # the first block's, with frozen embeddings: its output must have a gradient too
             inputs = inputs.detach().requires_grad_()
         if self._weighted:
@@ -127,8 +126,8 @@ class SensitivityCollector:
 
     def _leave(self, source: str, layer: Layer, module: nn.Module, args: Any, output: Tensor) -> None:
         call = self._calls.pop(layer.name, None)
-        if self._recomputing or not output.requires_grad:
-            return  # gradients flow through the first pass's graph; the recomputed one only supplies saved tensors
+        if not output.requires_grad:
+            return
         sensitivity = self.statistics[source].layers[layer.name]
 
         def hook(gradient: Tensor) -> None:
@@ -197,7 +196,7 @@ class _Tap(torch.autograd.Function):
         return gradients[0], None
 
 
-def collect_statistics(
+def walk_statistics(
     model: Any,
     mapped: ModelMap,
     call: Callable[[Tensor], Any],
@@ -210,18 +209,19 @@ def collect_statistics(
     grams: bool = True,
     weighted: bool = False,
     output_grams: bool = False,
-    recompute: bool = True,
+    device: torch.device | str = "cpu",
+    cache: ActivationCache | None = None,
+    known: Container[str] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, SourceStatistics]:
-    """Run the model forwards and backwards over the calibration tokens and collect statistics of its layers.
+) -> Iterator[dict[str, SourceStatistics]]:
+    """Run the model forwards and backwards over the calibration tokens and give statistics of its layers.
 
     The loss is the sum over all tokens of the cross-entropy of drawn labels or of the text's (see
     ``cospadi.calibration.labels``); a model without a head is taken to predict ``last_hidden_state`` as the mean of a
     Gaussian of unit variance.  The note of every result says which it was.
 
-    Between the blocks only their inputs are kept, and each block is recomputed when the backward pass reaches it
-    (Chen et al. 2016, arXiv 1604.06174).  The sums of all layers of ``mapped`` are held at the same time: for a large
-    model leave the Grams out, or pass a map of some of its layers at a time.
+    All batches pass one block before any passes the next, forwards and then backwards: what is alive at a time are one
+    block's weights, its sums, and what the blocks were given, which the cache holds.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ def collect_statistics(
     windows : Tensor, shape (n_windows, seq_len), int64
         Calibration tokens.
     batch_size : int
-        Windows per pass (fewer where their logits would take more than 512 MiB in float32).  Changes the result by
+        Windows per pass (fewer where their logits would take more than 128 MiB in float32).  Changes the result by
         rounding only.
     labels : str
         ``model`` (true Fisher information) or ``text`` (empirical Fisher, causal models only).
@@ -245,15 +245,19 @@ def collect_statistics(
         and their merged results are those of one worker.
     grams, weighted, output_grams : bool
         Which sums to keep beside the squares; see ``SourceStatistics``.
-    recompute : bool
-        False keeps the activations of all blocks: more memory, a third less work, the same result.
+    device : torch.device
+        Where the sums are kept: that of the model.
+    cache : ActivationCache, optional
+        For the activations between the blocks; without it they are all in memory.
+    known : container of str
+        Sources whose statistics are not wanted.
     progress : callable, optional
-        Told the number of windows done and of all.
+        Told how many block passes are done and of how many; one backwards counts as three forwards.
 
-    Returns
-    -------
+    Yields
+    ------
     dict of str to SourceStatistics
-        By the name of the first layer that receives the input, as ``collect_grams``.
+        Those of one block, from the last to the first, by the name of the first layer that receives the input.
 
     Raises
     ------
@@ -267,25 +271,86 @@ def collect_statistics(
             f"windows need a shape (n_windows, seq_len) with at least one token, got {tuple(windows.shape)}"
         )
     modules = dict(model.named_modules())
-    blocks = [modules[name] for name in mapped.blocks] if recompute else []
-    size = min(batch_size, _largest_batch(model, windows.shape[1]))
-    with frozen(model), checkpointed(blocks), torch.enable_grad():
-        with torch.no_grad():
-            _, logits = model_output(call(windows[:1, :1]))
-        chosen = choose_labels(labels, logits, bool(model.can_generate()), seed)
-        with SensitivityCollector(
-            modules, mapped.layers, grams=grams, weighted=weighted, output_grams=output_grams, note=chosen.note
-        ) as collector:
-            for start in range(0, len(windows), size):
-                batch = windows[start : start + size]
-                output, _ = model_output(call(batch))
-                collector.backward(output, chosen.gradient(output, batch, first_window + start), batch.numel())
-                if progress is not None:
-                    progress(start + len(batch), len(windows))
-    return collector.statistics
+    batches = windows.split(min(batch_size, largest_batch(model, windows.shape[1])))
+    starts = [first_window + sum(len(batch) for batch in batches[:i]) for i in range(len(batches))]
+    blocks = [modules[name] for name in mapped.blocks]
+    chosen: Labels | None = None
+
+    def loss_gradient(index: int, result: Any) -> tuple[Tensor, Tensor]:
+        nonlocal chosen
+        output, logits = model_output(result)
+        if chosen is None:
+            chosen = choose_labels(labels, logits, bool(model.can_generate()), seed)
+        return output, chosen.gradient(output, batches[index], starts[index])
+
+    choose_labels(labels, True, bool(model.can_generate()), seed)  # what cannot be is said before the work begins
+    # The head and the loss, in forward passes of a block; the factor was measured.
+    head, first = model.get_output_embeddings(), sum(p.numel() for p in blocks[0].parameters())
+    turn = 0 if head is None else round(2.4 * head.weight.numel() / first)
+    done, total = 0, 4 * len(blocks) + turn
+
+    def tell(passes: int) -> None:
+        nonlocal done
+        done += passes
+        if progress is not None and passes:
+            progress(done, total)
+
+    with frozen(model), GradientPasses(blocks, call, batches, cache) as walk:
+        for block in range(len(blocks)):
+            walk.advance()
+            if not walk.finite:
+                layers = [layer for layer in mapped.layers if layer.block == block]
+                with SensitivityCollector(
+                    modules, layers, device=device
+                ):  # refuses the first input that is not finite by its name
+                    walk.back(block, lambda index, outputs, gradients: None)
+                raise NumericalError(
+                    f"{mapped.blocks[block]}: its output on the calibration text holds NaN or infinity"
+                )
+            tell(1)
+        walk.turn(loss_gradient)
+        assert chosen is not None
+        tell(turn)
+        for block in reversed(range(len(blocks))):
+            layers = [layer for layer in mapped.layers if layer.block == block and layer.source not in known]
+            kept = {"grams": grams, "weighted": weighted, "output_grams": output_grams}
+            with SensitivityCollector(modules, layers, note=chosen.note, device=device, **kept) as collector:
+
+                def backward(index: int, outputs: Any, gradients: Any, own: SensitivityCollector = collector) -> None:
+                    own.backward(outputs, gradients, batches[index].numel())
+
+                walk.back(block, backward)
+            if collector.statistics:
+                yield collector.statistics
+            tell(3)
 
 
-def _largest_batch(model: Any, seq_len: int) -> int:
+def collect_statistics(*args: Any, **options: Any) -> dict[str, SourceStatistics]:
+    """Give the statistics of all layers at once, by source; see ``walk_statistics``."""
+    found: dict[str, SourceStatistics] = {}
+    for statistics in walk_statistics(*args, **options):
+        found.update(statistics)
+    return found
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode (no dropout) with no gradients of its weights; every flag comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def largest_batch(model: Any, seq_len: int) -> int:
     """Give how many windows' logits stay within bounds."""
     head = model.get_output_embeddings()
     vocabulary = 1 if head is None else head.weight.shape[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.cross import CrossGram
 from cospadi.calibration.passes import BlockPasses
 from cospadi.calibration.stages import find_stages
@@ -60,6 +61,11 @@ class SequentialWalk:
     drift : bool
         Collect the Gram of the difference of the inputs, too.
 
+    enter : callable, optional
+        Loads the weights of a block of the copy, given by name; called before the first step of the block.
+    caches : pair of ActivationCache, optional
+        Where the hidden states of the copy and of the dense model wait.
+
     Attributes
     ----------
     steps : list of Step
@@ -85,6 +91,8 @@ class SequentialWalk:
         dense_call: Callable[[Any], Any] | None = None,
         token_weights: Sequence[Tensor] | None = None,
         drift: bool = False,
+        enter: Callable[[str], None] | None = None,
+        caches: tuple[ActivationCache | None, ActivationCache | None] = (None, None),
     ) -> None:
         if (dense is None) != (dense_call is None):
             raise ValueError("a dense model and its call are given together or not at all")
@@ -98,8 +106,12 @@ class SequentialWalk:
         self.steps = [Step(block, layers) for block, inner in enumerate(stages) for layers in inner]
         # The blocks after the last one of interest need not run.
         names = mapped.blocks[: 1 + max(layer.block for layer in mapped.layers)]
-        self._copy = BlockPasses(copy, names, call, batches)
-        self._dense = None if dense is None or dense_call is None else BlockPasses(dense, names, dense_call, batches)
+        self._enter = enter
+        self._names = names
+        self._copy = BlockPasses(copy, names, call, batches, caches[0])
+        self._dense = None
+        if dense is not None and dense_call is not None:
+            self._dense = BlockPasses(dense, names, dense_call, batches, caches[1])
         self._n_batches = len(batches)
         self._open = self._begun = self._stale = False
         self._step: Step | None = None
@@ -136,6 +148,8 @@ class SequentialWalk:
                 if self._dense is not None:
                     self._dense.advance()
                 block += 1
+            if self._enter is not None:
+                self._enter(self._names[block])
             self._step = step
             yield step
         self._step = None
@@ -152,9 +166,7 @@ class SequentialWalk:
         """
         step = self._present()
         widths = {layer.source: layer.in_features for layer in step.layers}
-        result = {
-            name: CrossGram(name, width, self._copy.weight(name).device, self._drift) for name, width in widths.items()
-        }
+        result = {name: CrossGram(name, width, self._copy.device, self._drift) for name, width in widths.items()}
         for index in range(self._n_batches):
             n_tokens, received = self._copy.inputs(step.block, index, list(widths))
             reference = {} if self._dense is None else self._dense.inputs(step.block, index, list(widths))[1]
@@ -195,6 +207,8 @@ class SequentialWalk:
         target = self._copy.weight(name)
         if weight.shape != target.shape:
             raise ValueError(f"{name}: the weight has shape {tuple(target.shape)}, not {tuple(weight.shape)}")
+        if target.is_meta:
+            raise ValueError(f"{name} is not in memory: its block is to be entered first")
         target.copy_(weight)
         self._stale = self._stale or block < present
 
@@ -217,5 +231,5 @@ def _check_apart(copy: nn.Module, dense: nn.Module, layers: Sequence[Layer]) -> 
         other = weight_matrix(modules[layer.name]) if layer.name in modules else None
         if other is None or other.shape != own.shape:
             raise ValueError(f"the dense model has no layer {layer.name} of shape {tuple(own.shape)}")
-        if other.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
+        if not own.is_meta and other.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
             raise ValueError(f"{layer.name}: the copy shares its weight with the dense model: make a deep copy")

@@ -6,27 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cospadi.calibration.nesting import count_tokens, map_tensors
 from cospadi.errors import UsageError
 from cospadi.layers import Layer, ModelMap
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Give nested tuples, lists and dicts with ``change`` applied to every tensor; anything else stays as it is."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(map_tensors(item, change) for item in value)
-    if type(value) is dict:
-        return {key: map_tensors(item, change) for key, item in value.items()}
-    return value
-
-
-def count_tokens(args: Any, kwargs: Any) -> int:
-    """Give how many tokens a block was given: the rows of its first floating-point argument, the hidden states."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.numel() // value.shape[-1]
-    raise RuntimeError("a block received no floating-point tensor")
 
 
 def find_stages(model: nn.Module, mapped: ModelMap, run: Callable[[], Any]) -> list[list[tuple[Layer, ...]]]:

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cospadi.evaluation.choices import Question, score_choices
-from cospadi.evaluation.generation import generate
-from cospadi.evaluation.perplexity import DEFINITION, perplexity
+from cospadi.evaluation.choices import Question
+from cospadi.evaluation.perplexity import DEFINITION
 
 
 @dataclass(frozen=True)
@@ -35,24 +34,10 @@ class Protocol:
     questions: list[Question] | None = None
     batch_size: int = 4
 
-
-def measure(model: Any, tokenizer: Any, protocol: Protocol) -> dict[str, Any]:
-    """Measure one causal language model.
-
-    Returns
-    -------
-    dict
-        ``perplexity`` (the fields of ``Perplexity``), ``choices`` and ``sample`` (None where the protocol has none) and
-        ``dtype``, the precision it ran in.  Plain JSON values.
-    """
-    measured = perplexity(model, protocol.windows, tokenizer, protocol.batch_size)
-    questions = protocol.questions
-    return {
-        "perplexity": measured.to_dict(),
-        "choices": score_choices(model, tokenizer, questions).to_dict() if questions else None,
-        "sample": generate(model, tokenizer, protocol.prompt) if protocol.prompt else None,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    @property
+    def batches(self) -> tuple[Tensor, ...]:
+        """Give the windows of each forward pass."""
+        return self.windows.split(self.batch_size)
 
 
 def compare(baseline: dict[str, Any] | None, compressed: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
@@ -61,9 +46,9 @@ def compare(baseline: dict[str, Any] | None, compressed: dict[str, Any], protoco
     Parameters
     ----------
     baseline : dict or None
-        ``measure`` of the dense model.
+        What ``measure_folders`` found of the dense model.
     compressed : dict
-        ``measure`` of the compressed model.
+        The same of the compressed model.
     protocol : Protocol
         What both were measured with.
 

@@ -5,6 +5,7 @@ SVD-LLM) depends on the tokenizer, ``word`` perplexity (lm-eval, CoSpaDi, ROCKET
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,26 +81,75 @@ def perplexity(model: Any, windows: Tensor, tokenizer: Any = None, batch_size: i
     NumericalError
         The model's log-probabilities are NaN or infinite.
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise UsageError(f"perplexity needs windows of at least 2 tokens, got shape {tuple(windows.shape)}")
-    total = 0.0
+    check_windows(windows)
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size].to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            nll = float(token_nll(logits[:, :-1], batch[:, 1:]).sum(dtype=torch.float64))
-            if not math.isfinite(nll):
-                last = start + len(batch) - 1
-                raise NumericalError(
-                    f"the model's log-probabilities are NaN or infinite in windows {start} to {last}: its weights "
-                    "are damaged or its dtype overflows (try float32)"
-                )
-            total += nll
+        nlls = list(batch_nlls(model, windows, batch_size))
     finally:
         model.train(training)
+    return summarize(nlls, windows, tokenizer)
+
+
+def check_windows(windows: Tensor) -> None:
+    """Refuse windows that do not predict anything.
+
+    Raises
+    ------
+    UsageError
+        There are none, or they are shorter than two tokens.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise UsageError(f"perplexity needs windows of at least 2 tokens, got shape {tuple(windows.shape)}")
+
+
+def batch_nlls(model: Any, windows: Tensor, batch_size: int, first: int = 0) -> Iterator[float]:
+    """Give the summed NLL of one batch after the other, by a model in memory.
+
+    Parameters
+    ----------
+    model : transformers causal language model
+    windows : Tensor, shape (n_windows, window), int64
+    batch_size : int
+    first : int
+        Number of the first window, for error texts.
+    """
+    for index, batch in enumerate(windows.split(batch_size)):
+        batch = batch.to(model.device)
+        with torch.no_grad():
+            yield batch_nll(model(input_ids=batch, use_cache=False).logits, batch, first + index * batch_size)
+
+
+def batch_nll(logits: Tensor, batch: Tensor, first: int) -> float:
+    """Sum the NLL of a batch's tokens in float64.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (n_windows, window, vocabulary), floating
+    batch : Tensor, shape (n_windows, window), int64
+    first : int
+        Number of its first window, for the error text.
+
+    Raises
+    ------
+    NumericalError
+        The log-probabilities are NaN or infinite.
+    """
+    nll = float(token_nll(logits[:, :-1], batch[:, 1:]).sum(dtype=torch.float64))
+    if not math.isfinite(nll):
+        raise NumericalError(
+            f"the model's log-probabilities are NaN or infinite in windows {first} to {first + len(batch) - 1}: its "
+            "weights are damaged or its dtype overflows (try float32)"
+        )
+    return nll
+
+
+def summarize(nlls: Sequence[float], windows: Tensor, tokenizer: Any = None) -> Perplexity:
+    """Make the result of the NLLs of all batches, added up in their order, whoever computed them."""
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
+    total = 0.0
+    for nll in nlls:  # not by sum(), which Python 3.12 began to compensate
+        total += nll
     mean_nll = total / n_tokens
     n_words = None if tokenizer is None else count_words(tokenizer, windows)
     return Perplexity(

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import stat
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +25,9 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "cospadi"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+MAX_SHARD_BYTES = 10**9
+"""Of one file, which is put together in memory."""
 
 _KEYS = ("quant_method", "format_version", "library_version", "backend", "experts", "groups")
 _MAX_SIDE = 2**24
@@ -163,7 +168,7 @@ class ShardWriter:
         A shard is closed before it would exceed this; a larger module gets a shard of its own.
     """
 
-    def __init__(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
+    def __init__(self, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self._folder = Path(folder)
         self._max = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
@@ -247,6 +252,7 @@ class ShardWriter:
         temporary = self._folder / f".shard-{len(self._shards) + 1:05d}.tmp"
         self._shards.append((temporary, list(self._pending)))
         save_file(self._pending, temporary, metadata={"format": "pt"})
+        _as_readable_as_others(temporary)
         _to_disk(temporary)
         self._pending, self._pending_bytes = {}, 0
 
@@ -260,3 +266,11 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _as_readable_as_others(path: Path) -> None:
+    """Give a file the permissions that new files have here: safetensors writes for its owner alone."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        other = Path(folder) / "new"
+        other.touch()
+        path.chmod(stat.S_IMODE(other.stat().st_mode))

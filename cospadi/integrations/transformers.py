@@ -19,7 +19,9 @@ from cospadi.backends.base import BACKENDS
 from cospadi.errors import UnavailableError
 from cospadi.experts import fuse_experts, split_experts
 from cospadi.formats.checkpoint import QUANT_METHOD, CheckpointConfig, expected_tensors
-from cospadi.formats.verify import check_headers, read_header
+from cospadi.formats.checksums import check_checksums
+from cospadi.formats.headers import read_header
+from cospadi.formats.verify import check_headers
 from cospadi.modules import install, restore_dense, sparse_modules
 
 
@@ -31,15 +33,22 @@ class CospadiConfig(QuantizationConfigMixin):
     ----------
     checkpoint : CheckpointConfig
         The checked description.
+    checksums : bool
+        Whether the files are yet to be compared with SHA256SUMS; ``cospadi.load`` has done so before.
     """
 
     def __init__(self, **description: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the enum of transformers has only its own
         self.checkpoint = CheckpointConfig.from_dict({"quant_method": QUANT_METHOD, **description})
+        self.checksums = True
 
     def to_dict(self) -> dict[str, Any]:
         """Give what stands in config.json."""
         return self.checkpoint.to_dict()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Give one value, as from a mapping, which transformers expects to find in a config that it has not read."""
+        return self.to_dict().get(key, default)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -63,6 +72,8 @@ class CospadiQuantizer(HfQuantizer):
     ) -> None:
         checkpoint = self.quantization_config.checkpoint
         if checkpoint_files:
+            if self.quantization_config.checksums:
+                check_checksums(Path(checkpoint_files[0]).parent)
             # Shapes and dtypes are compared on the headers, before memory is taken for any of them.
             tensors = {key: tensor for file in checkpoint_files for key, tensor in read_header(Path(file)).items()}
             check_headers(checkpoint, tensors)

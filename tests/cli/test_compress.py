@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import yaml
-from cospadi_cli import render
+from cospadi_cli import compress
 
 from cospadi.calibration.data import read_text
 from cospadi.events import GroupFinished
@@ -115,7 +115,7 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(run, tiny_model, 
 
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(run, tiny_model, compressed, monkeypatch):
     @contextmanager
-    def interrupt_after_two(quiet):
+    def interrupt_after_two(*arguments):
         def listener(event):
             if isinstance(event, GroupFinished) and event.done == 2:
                 raise KeyboardInterrupt
@@ -124,7 +124,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(run, tiny_model, compr
 
     command = compress_command(tiny_model, "out")
     with monkeypatch.context() as patch:
-        patch.setattr(render, "progress", interrupt_after_two)
+        patch.setattr(compress, "progress", interrupt_after_two)
         result = run(*command)
     assert result.exit_code == 130
     assert f"cospadi-cli {' '.join(command)} --resume" in result.stderr

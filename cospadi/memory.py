@@ -1,0 +1,184 @@
+"""How much of the host's memory a run takes, told before it begins, and how much of that the activations may have."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cospadi.config import CompressionConfig
+from cospadi.errors import UsageError
+from cospadi.events import Predicted
+from cospadi.formats.checkpoint import MAX_SHARD_BYTES
+from cospadi.groups import Group
+from cospadi.layers import ModelMap
+from cospadi.models import OpenModel
+
+_SOLVING = {
+    "uniform": ((2.9, 4.9, 5.6),),
+    "measured": ((7.5, 7.4, 0.0), (4.0, 10.3, 0.0), (6.1, 4.9, 4.9), (6.2, 14.5, 1.8)),
+}
+"""Copies in float64 of a group's Gram, of its weight, and of a square of the weight's lesser side that solving or
+profiling has at most at a time, by the kind of allocation; of several lines the largest counts.  Measured, see
+docs/scaling.md: learned dictionaries; sparse weights, rounded weights, profiles, factors of whole numbers."""
+_BATCH = 2.0
+"""Bytes that a batch's way through a block and back takes, over those of the inputs and outputs of its layers."""
+_LOGITS = 3.0
+"""The same for the model's head, over its logits."""
+_LIBRARIES = 64 * 2**20
+"""What libraries load only when they are first used."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may take.
+
+    Attributes
+    ----------
+    activations : int or None
+        Bytes of activations that may wait in memory; None sets no limit.
+    predicted : Predicted
+        What the whole is expected to take.
+    """
+
+    activations: int | None
+    predicted: Predicted
+
+
+def plan_memory(
+    source: OpenModel,
+    mapped: ModelMap,
+    groups: Sequence[Group],
+    windows: torch.Tensor,
+    config: CompressionConfig,
+    batch_size: int,
+    sensitive: bool,
+    limit: int | None,
+) -> Budget:
+    """Predict the peak of each stage, and divide what is allowed.
+
+    Weights and activations count where the model runs on a CPU; on a GPU they are not in the host's memory.
+
+    Parameters
+    ----------
+    source : OpenModel
+    mapped : ModelMap
+    groups : sequence of Group
+    windows : Tensor, shape (n_windows, seq_len)
+    config : CompressionConfig
+    batch_size : int
+        Windows that really run at a time.
+    sensitive : bool
+        Whether there is a backward pass.
+    limit : int, optional
+        Bytes that the process may take.
+
+    Raises
+    ------
+    UsageError
+        The limit is too low for what cannot be divided; tells the least that is enough.
+    """
+    baseline = resident_bytes() + _LIBRARIES
+    on_host = source.device.type == "cpu"
+    sequential = config.calibration.order == "sequential"
+    seq_len = windows.shape[1]
+    tokens = batch_size * seq_len
+    blocks = [_block_bytes(source, name) for name in mapped.blocks]
+    outside = _outside_bytes(source, mapped) if on_host else 0
+    block = max(blocks) if on_host else 0
+    copies = 2 if sequential and config.calibration.mixing > 0 else 1
+    weights = (
+        (max(block * copies, outside) if source.streamed else sum(blocks) * copies + _total_outside(source, mapped))
+        if on_host
+        else 0
+    )
+
+    by_block: dict[int, dict[str, int]] = {}
+    through: dict[int, float] = {}
+    for layer in mapped.layers:
+        by_block.setdefault(layer.block, {})[layer.source] = layer.in_features
+        share = _share_of_tokens(source, layer.name)
+        through[layer.block] = through.get(layer.block, 0.0) + share * (layer.in_features + layer.out_features)
+    kinds = 2 if config.token_weights else 1
+    grams = max(sum(8 * kinds * d * d for d in widths.values()) for widths in by_block.values())
+    grams += 4 * max(d * d for widths in by_block.values() for d in widths.values())  # one product in float32
+    working = int(4 * tokens * max(through.values()) * _BATCH) if on_host else 0
+    head = source.model.get_output_embeddings() if sensitive else None
+    logits = 0 if head is None else int(4 * tokens * head.weight.shape[0] * _LOGITS)
+
+    hidden = 4 * windows.numel() * int(source.model.config.get_text_config().hidden_size)
+    waiting = hidden * (len(mapped.blocks) + 2 if sensitive else 2 * copies) if on_host else 0
+    solving = max(_solving_bytes(group, config.allocation == "uniform") for group in groups)
+    written = sum(2 * layer.in_features * layer.out_features for layer in mapped.layers)
+    writing = min(MAX_SHARD_BYTES, written + outside) + max(2 * g.in_features * sum(g.out_features) for g in groups)
+
+    resident = weights if not source.streamed else 0
+    calibrating = (block * copies if source.streamed else 0) + grams + working
+    turning = (outside if source.streamed else 0) + logits if sensitive else 0
+    fixed = resident + max(calibrating, turning)
+    least = baseline + max(
+        fixed + 2 * hidden // max(1, len(windows.split(batch_size))), resident + solving, resident + writing
+    )
+    if limit is not None and limit < least:
+        raise UsageError(
+            f"max_memory {_size(limit)} is too little: this run needs at least {_size(least)} ({_size(baseline)} for "
+            f"the libraries, {_size(weights)} weights, {_size(grams)} Grams, {_size(max(working, logits))} a batch, "
+            f"{_size(solving)} for the largest group); allow that much, or take a smaller batch_size or seq_len"
+        )
+    allowed = None if limit is None else min(waiting, limit - baseline - fixed)
+    activations = waiting if allowed is None else allowed
+    peak = baseline + max(fixed + activations, resident + solving, resident + writing)
+    predicted = Predicted(baseline, weights, grams, activations + max(working, logits), solving, peak, limit)
+    return Budget(allowed, predicted)
+
+
+def _share_of_tokens(source: OpenModel, name: str) -> float:
+    """Give which part of the tokens a layer receives on average: an expert's those that the router sends there."""
+    experts = next((e for e in source.experts if name.startswith(f"{e}.")), None)
+    chosen = getattr(source.model.config.get_text_config(), "num_experts_per_tok", None)
+    if experts is None or chosen is None:
+        return 1.0
+    return float(min(1.0, chosen / source.model.get_submodule(experts).num_experts))
+
+
+def _solving_bytes(group: Group, uniform: bool) -> int:
+    d, n = group.in_features, sum(group.out_features)
+    counts = (d * d, d * n, min(d, n) ** 2)
+    kinds = _SOLVING["uniform" if uniform else "measured"]
+    return int(8 * max(sum(factor * count for factor, count in zip(kind, counts, strict=True)) for kind in kinds))
+
+
+def resident_bytes() -> int:
+    """Give what this process has in memory now; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if sys.platform != "linux" or not status.exists():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
+
+
+def _block_bytes(source: OpenModel, name: str) -> int:
+    return sum(tensor.nbytes for tensor in source.model.get_submodule(name).parameters())
+
+
+def _outside(source: OpenModel, mapped: ModelMap) -> list[int]:
+    inside = tuple(f"{name}." for name in mapped.blocks)
+    found = []
+    for name, module in source.model.named_modules():
+        if name not in mapped.blocks and not name.startswith(inside):
+            found.append(sum(tensor.nbytes for tensor in module.parameters(recurse=False)))
+    return found
+
+
+def _outside_bytes(source: OpenModel, mapped: ModelMap) -> int:
+    """Give what the largest module outside the blocks takes while it is loaded: as stored, and as it is used."""
+    return int(1.5 * max(_outside(source, mapped), default=0))
+
+
+def _total_outside(source: OpenModel, mapped: ModelMap) -> int:
+    return sum(_outside(source, mapped))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

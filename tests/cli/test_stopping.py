@@ -1,0 +1,73 @@
+"""Signals: a run that is told to stop, in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import compress_command
+
+SLOW = """
+import sys, time
+from contextlib import contextmanager
+from cospadi_cli import compress
+from cospadi_cli.main import main
+
+real = compress.progress
+
+@contextmanager
+def slow(*arguments):
+    with real(*arguments) as tell:
+        def listen(event):
+            tell(event)
+            if event.event == "group_finished" and event.done == 2:
+                print("ready", flush=True)
+                time.sleep(100)
+        yield listen
+
+compress.progress = slow
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "word", "more"),
+    [
+        ([signal.SIGINT, signal.SIGINT], 130, "interrupted", ()),
+        ([signal.SIGTERM], 143, "terminated", ()),
+        ([signal.SIGINT], 130, "interrupted", ("--workers", "2", "--threads", "1")),
+    ],
+    ids=["ctrl-c twice", "sigterm", "ctrl-c with workers"],
+)
+def test_a_signal_keeps_what_is_finished_and_says_how_to_go_on(
+    run, tiny_model, compressed, home, signals, code, word, more
+):
+    command = compress_command(tiny_model, "out", "--log-file", "log", "--events", "events", *more)
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout.readline() == "ready\n"
+    for number in signals:
+        os.killpg(child.pid, number)  # a terminal sends it to the workers as well
+    _, errors = child.communicate(timeout=60)  # until the workers have closed it, too
+    assert child.returncode == code, errors
+    again = f"cospadi-cli {' '.join(command)} --resume"
+    assert errors.count(f"To go on: {again}") == 1
+    assert errors.splitlines()[-1] == f"Error: {word}"
+    assert "Traceback" not in errors
+    assert f"{word}. What is finished is kept. To go on: {again}" in (home / "log").read_text()
+    last = json.loads((home / "events").read_text().splitlines()[-1])
+    assert (last["event"], last["reason"], last["resume"]) == ("stopped", word, again)
+    resumed = run(*command, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert resumed.stderr.count("taken over") == 2
+    assert json.loads((home / "out" / "report.json").read_text()) == json.loads(
+        (compressed / "report.json").read_text()
+    )
