@@ -18,6 +18,7 @@ from cospadi.calibration.gradients import SourceStatistics
 from cospadi.embedded import embedded_model
 from cospadi.formats.base import FORMATS
 from cospadi.layers import weight_matrix
+from cospadi.measurements import is_record, payloads
 from cospadi.models import open_model
 from cospadi.solvers.base import SOLVERS, Problem, relative_error
 from cospadi.whitening import whitening_from_gram
@@ -58,7 +59,8 @@ def main() -> None:
     modules = dict(open_model(embedded_model(), torch.device("cpu")).model.named_modules())
     rows = []
     for name, source in LAYERS.items():
-        gram = SourceStatistics.load(folder / f"{source}.safetensors").gram
+        record = next(path for path in payloads(folder, source) if is_record(path, source))
+        gram = SourceStatistics.load(record).gram
         whitening = whitening_from_gram(gram.matrix, gram.n_tokens)
         target = whitening.whiten(weight_matrix(modules[name])).float()
         if args.targets:

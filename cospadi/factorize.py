@@ -168,8 +168,9 @@ def approximate(choice: Factors, objective: Objective, group: Group, method: Met
         return _share(choice, objective, group, method)
     transposed = choice.side == "output"
     make = objective.transposed_problem if transposed else objective.problem
+    problem = make(choice.n_atoms, choice.n_nonzero, method.seed)
     try:
-        solution = method.solver.solve(make(choice.n_atoms, choice.n_nonzero, method.seed))
+        solution = method.solver.solve(problem)
     except NumericalError as error:
         raise NumericalError(f"{group.name}: {error}") from error
     coefficients = solution.coefficients

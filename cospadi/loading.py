@@ -2,22 +2,20 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from cospadi.backends.base import BACKENDS
-from cospadi.errors import CheckpointError, CospadiError, UnavailableError, UsageError
+from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.formats.checkpoint import QUANT_METHOD
 from cospadi.formats.checksums import CHECKSUMS
-from cospadi.formats.folder import one_line, read_json, shown, stays_inside
-from cospadi.formats.headers import StoredTensor, read_headers
+from cospadi.formats.folder import read_json, shown, stays_inside
+from cospadi.formats.headers import read_headers
 from cospadi.formats.verify import verify_checkpoint
 from cospadi.models import model_class
+from cospadi.opening import opening, refuse_absurd_counts
 
 _NOT_COPIED = {"config.json", "generation_config.json", "README.md", "report.json", "recipe.yaml", CHECKSUMS}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".py")
@@ -68,7 +66,7 @@ def load(
     if not state:
         whose = "" if backend else ", which the checkpoint recommends,"
         raise UnavailableError(f"backend {name!r}{whose} cannot run here: {state.reason}; backend='auto' chooses one")
-    with _opening(folder):
+    with opening(folder):
         model, info = _open(folder, name, dtype)
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
@@ -88,7 +86,7 @@ def _open(folder: Path, backend: str, dtype: torch.dtype | str | None) -> tuple[
     described = AutoQuantizationConfig.from_dict({**config.quantization_config, "backend": backend})
     described.checksums = False  # they have been compared, or are not to be
     config.quantization_config = described
-    _refuse_absurd_counts(config, read_headers(folder))
+    refuse_absurd_counts(config, read_headers(folder))
     model, info = model_class(config).from_pretrained(
         folder,
         config=config,
@@ -99,36 +97,6 @@ def _open(folder: Path, backend: str, dtype: torch.dtype | str | None) -> tuple[
         trust_remote_code=False,
     )
     return model, info
-
-
-@contextmanager
-def _opening(folder: Path) -> Iterator[None]:
-    """Turn what a damaged configuration makes transformers raise into one line.
-
-    Raises
-    ------
-    CheckpointError
-        With that error, unless it is one of ours.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    raised = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
-    try:
-        yield
-    except CospadiError:
-        raise
-    except (*raised, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
-        text = one_line(f"{type(error).__name__}: {error}")
-        raise CheckpointError(f"{folder}: transformers cannot open it ({text})") from error
-
-
-def _refuse_absurd_counts(config: Any, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse more layers or experts than there are tensors for: their skeleton alone would take time and memory."""
-    most = max([len(tensors), *(stored.shape[0] for stored in tensors.values() if len(stored.shape) == 3)])
-    for key in ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts"):
-        count = getattr(config.get_text_config(), key, 0)
-        if isinstance(count, int) and count > most:
-            raise CheckpointError(f"config.json: {key} is {shown(count)}, but the tensors suffice for {most} at most")
 
 
 def decompress(path: str | Path, out: str | Path, dtype: torch.dtype | str | None = None) -> Path:

@@ -4,6 +4,7 @@ map the model -> form groups -> collect statistics -> profile and allocate -> fo
 record -> write the checkpoint folder.
 """
 
+import importlib.util
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cospadi import heap
-from cospadi.calibration.data import fingerprint, read_text, token_windows
+from cospadi.calibration.data import fingerprint, open_text, token_windows
 from cospadi.calibration.lockstep import forward_call
 from cospadi.calibration.sensitivity import largest_batch
 from cospadi.calibration.statistics import Gram
@@ -116,6 +117,8 @@ def compress(
     config, execution = config or CompressionConfig(), execution or Execution()
     out, tell = Path(out), on_event or (lambda event: None)
     check_output(out, resume)
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise UsageError(f"cache {cache} is a file: choose a folder")
     if resume and is_finished(out):
         return _finished(out, config, tell)
     if execution.max_memory is not None:
@@ -435,7 +438,7 @@ def torch_device(name: str) -> torch.device:
 def _windows(source: OpenModel, config: CompressionConfig) -> Tensor:
     if source.tokenizer is None:
         raise UsageError("a model object needs a tokenizer or calibration windows beside it")
-    text = read_text(config.calibration.text)
+    text = open_text(config.calibration.text)
     return token_windows(source.tokenizer, text, config.calibration.seq_len, config.calibration.samples)
 
 
@@ -450,9 +453,17 @@ def check_workers(source: OpenModel, execution: Execution) -> None:
     several = execution.executor == "ray" or (execution.workers or 1) > 1
     if several and source.folder is None:
         raise UsageError("several workers read the model themselves: save it, and give its folder instead of an object")
+    if execution.executor == "ray" and importlib.util.find_spec("ray") is None:
+        raise UnavailableError("executor ray needs pip install 'cospadi[ray]'")
 
 
 def check_windows(source: OpenModel, windows: Tensor) -> None:
+    if windows.ndim != 2 or windows.numel() == 0 or windows.dtype not in (torch.int64, torch.int32):
+        raise UsageError(
+            f"windows need whole numbers in a shape (n_windows, seq_len), got {windows.dtype} {tuple(windows.shape)}"
+        )
+    if int(windows.min()) < 0:
+        raise UsageError(f"token {int(windows.min())} is negative: wrong tokenizer?")
     vocabulary = source.model.get_input_embeddings().weight.shape[0]
     if int(windows.max()) >= vocabulary:
         raise UsageError(

@@ -127,7 +127,9 @@ def output_errors(gram: Tensor, weight: Tensor, approximation: Tensor) -> tuple[
     difference = weight - approximation.to(gram)
     if not bool(gram.any()):
         return float(difference.square().sum()), float(weight.square().sum())
-    return float((difference * (gram @ difference)).sum()), float((weight * (gram @ weight)).sum())
+    # Where the Gram is singular, rounding may leave a sum of squares slightly below zero.
+    lost, norm = (max(float((one * (gram @ one)).sum()), 0.0) for one in (difference, weight))
+    return lost, norm
 
 
 def corrected_weight(

@@ -178,8 +178,8 @@ def check_output(out: Path, resume: bool) -> None:
             raise UsageError(f"output {out} is a file: choose a new folder")
         if out.is_dir() and any(out.iterdir()) and not (resume and is_finished(out)):
             _check_contents(out, resume)
-        _check_place(out)
         _check_writable(out)
+        _check_place(out)
     except OSError as error:
         raise UsageError(
             f"output folder {out} cannot be used ({error.strerror or error}): choose one that can be written"

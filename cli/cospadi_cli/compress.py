@@ -157,7 +157,7 @@ def execute(run: Run) -> None:
 
 
 def _work(run: Run) -> "Report":
-    from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text
+    from cospadi.calibration.data import EMBEDDED_EVALUATION, open_text
     from cospadi.pipeline import choose_method, write_report
     from cospadi.pipeline import compress as compress_model
     from cospadi.work import check_output
@@ -166,8 +166,8 @@ def _work(run: Run) -> "Report":
     choose_method(run.config)
     measuring.check_backend(run.config.backend)
     check_output(run.out, run.resume)
-    read_text(run.config.calibration.text)
-    text = read_text(run.eval_text, EMBEDDED_EVALUATION) if run.eval_tokens else ""
+    next(open_text(run.config.calibration.text), "")
+    text = open_text(run.eval_text, EMBEDDED_EVALUATION) if run.eval_tokens else ""
     render.quieten_libraries()
     model = run.model or _embedded(run.quiet)
     window = run.config.calibration.seq_len

@@ -40,7 +40,7 @@ def evaluate(
 
     A line of the file for --choices is {"prompt": "...", "choices": ["...", "..."], "answer": 0}.
     """
-    from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text
+    from cospadi.calibration.data import EMBEDDED_EVALUATION, open_text
     from cospadi.config import CompressionConfig
     from cospadi.errors import UsageError
     from cospadi.evaluation.choices import read_questions
@@ -53,7 +53,7 @@ def evaluate(
     backend, device = backend or defaults.backend, device or defaults.device
     measuring.check_backend(backend)
     questions = read_questions(choices) if choices else None
-    content = read_text(text, EMBEDDED_EVALUATION)
+    content = open_text(text, EMBEDDED_EVALUATION)
     name = text or "the public-domain evaluation text of the package"
     render.quieten_libraries()
     protocol = measuring.protocol(path, name, content, tokens, window, questions=questions)

@@ -1,5 +1,6 @@
 """What the commands that evaluate or generate have in common."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def check_backend(name: str) -> None:
 def protocol(
     model: str | Path,
     name: str,
-    text: str,
+    text: str | Iterable[str],
     n_tokens: int,
     window: int,
     prompt: str | None = None,

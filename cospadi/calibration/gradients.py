@@ -212,7 +212,7 @@ class SourceStatistics:
         if all(tensor.device == torch.device(device) for tensor in self._tensors().values()):
             return self
         there = SourceStatistics(**self._description(), device=device)
-        there._restore(self._tensors(), self._counts())
+        there._restore({key: tensor.to(device) for key, tensor in self._tensors().items()}, self._counts())
         return there
 
     def save(self, path: str | Path) -> None:
@@ -231,7 +231,7 @@ class SourceStatistics:
             The file is missing or is not what ``save`` writes.
         """
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "pt", backend="pread") as file:  # a mapped file would count beside its copy
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             if metadata.get("format") != _FORMAT:
@@ -282,7 +282,7 @@ class SourceStatistics:
             found = tensors[key]
             if found.shape != place.shape or found.dtype != place.dtype:
                 raise ValueError(f"{key} has shape {tuple(found.shape)}, {found.dtype}")
-            place.copy_(found)
+            place.data = found
         self.n_tokens = int(counts["run"])
         for layer, sensitivity in self.layers.items():
             sensitivity.n_tokens = int(counts["layers"][layer])

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from cospadi.errors import CheckpointError, NumericalError
 
+_PIECE = 1 << 21
+"""Elements that are added at a time."""
+
 
 class Gram:
     """The uncentred Gram ``G = X^T X`` of a layer's inputs, summed over batches.
@@ -58,7 +61,10 @@ class Gram:
             product = rows.T @ rows
         if not bool(torch.isfinite(product.diagonal()).all()):
             raise NumericalError(f"{self.name}: the calibration activations hold NaN, infinity or overflow float32")
-        self.matrix += product
+        # In pieces: torch turns the whole of a float32 summand to float64 before it adds.
+        step = max(1, _PIECE // max(1, product.shape[1]))
+        for start in range(0, len(product), step):
+            self.matrix[start : start + step] += product[start : start + step]
         self.n_tokens += rows.shape[0]
 
     def merge(self, other: "Gram") -> None:

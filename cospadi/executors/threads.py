@@ -24,11 +24,12 @@ def limited_threads(n: int) -> Iterator[None]:
 
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     before, before_numba = torch.get_num_threads(), numba.get_num_threads()
-    with threadpool_limits(n):
-        torch.set_num_threads(n)
-        numba.set_num_threads(min(n, most))
-        try:
+    try:
+        with threadpool_limits(n):
+            torch.set_num_threads(n)
+            numba.set_num_threads(min(n, most))
             yield
-        finally:
-            torch.set_num_threads(before)
-            numba.set_num_threads(before_numba)
+    finally:
+        numba.set_num_threads(before_numba)
+        # Last: numba's first call sets the number of OpenMP, and so torch's, which threadpool_limits then brings back.
+        torch.set_num_threads(before)

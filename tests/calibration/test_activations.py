@@ -92,10 +92,14 @@ def test_a_walk_forwards_gives_the_same_grams_from_disk(tmp_path):
     widths = {layer.source: layer.in_features for layer in mapped.layers}
 
     def grams(cache):
-        with GramCollector({name: modules[name] for name in widths}, widths) as collector:
-            with Lockstep([modules[name] for name in mapped.blocks], call, windows.split(2), cache) as walk:
-                for _ in mapped.blocks:
-                    walk.advance()
+        blocks = [modules[name] for name in mapped.blocks]
+        watched = {name: modules[name] for name in widths}
+        with (
+            GramCollector(watched, widths) as collector,
+            Lockstep(blocks, call, windows.split(2), cache) as walk,
+        ):
+            for _ in blocks:
+                walk.advance()
         return collector.statistics
 
     expected = grams(None)

@@ -81,3 +81,23 @@ def test_minilm_encoder_keeps_its_sentences_apart(tmp_path):
     before, after = similarities(source.model), similarities(small)
     torch.testing.assert_close(after, before, atol=0.15, rtol=0)
     assert after[0, 1] > after[0, 2]
+
+
+def test_smollm2_within_a_gibibyte_gives_the_same_bytes(tmp_path):
+    options = ["--ratio", "0.5", "--samples", "4", "--threads", "1", "--eval-tokens", "0", "--quiet"]
+    options += ["--include", "*.layers.1[01].*"]
+    code = (
+        "import sys; from cospadi_cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
+    )
+    peaks = {}
+    for name, more in (("within", ["--max-memory", "1GiB"]), ("without", [])):
+        command = [sys.executable, "-c", code, "compress", "-o", str(tmp_path / name), *options, *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks[name] = int(done.stdout.split()[-1]) * 1024
+    assert peaks["within"] <= 2**30 < peaks["without"]
+    for file in sorted((tmp_path / "without").glob("*.safetensors")):
+        assert (tmp_path / "within" / file.name).read_bytes() == file.read_bytes()
+    assert json.loads((tmp_path / "within" / "run.json").read_text())["predicted_memory"]["peak"] <= 2**30

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 
 from cospadi import pipeline
 from cospadi.calibration.activations import ActivationCache
@@ -29,16 +30,17 @@ class NoTokenizer:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Give the model of an architecture in bfloat16, and the folder that holds it in several files."""
+    """Give a folder that holds the model of an architecture in bfloat16 in several files, and the model loaded."""
 
     def saved(architecture):
-        model = tiny_model(architecture).to(torch.bfloat16)
         folder = tmp_path_factory.getbasetemp() / "streaming" / architecture
         if not folder.exists():
-            model.save_pretrained(folder, max_shard_size="30KB")
+            tiny_model(architecture).to(torch.bfloat16).save_pretrained(folder, max_shard_size="30KB")
             assert len(list(folder.glob("*.safetensors"))) > 1
+        config = tf.AutoConfig.from_pretrained(folder)
+        model = getattr(tf, config.architectures[0]).from_pretrained(folder, dtype="auto")
         model.config._name_or_path = architecture  # the name that the folder has, so that the reports agree
-        return model, folder
+        return folder, model
 
     return saved
 
@@ -79,7 +81,7 @@ def run(model, out, config, execution=None, **more):
 
 
 def check_all_ways(architecture, config, saved, tmp_path, monkeypatch, spilled):
-    model, folder = saved(architecture)
+    folder, model = saved(architecture)
     run(folder, tmp_path / "plain", config)
     assert not any(spilled)
     expected = digests(tmp_path / "plain")
@@ -121,7 +123,7 @@ def test_parts_give_the_same_bytes_block_by_block(sensitive, saved, tmp_path, mo
 
 def test_the_least_limit_is_enough_and_is_told(saved, tmp_path, monkeypatch, spilled):
     """With nothing else in the process; as many windows as take more memory than the largest group."""
-    _, folder = saved("llama")
+    folder, _ = saved("llama")
     config, windows, given = recipe(column_weights=True), token_windows(40, 24), []
     monkeypatch.setattr("cospadi.memory.resident_bytes", lambda: 0)
     monkeypatch.setattr(pipeline, "plan_memory", lambda *args: given.append(args) or plan_memory(*args))
@@ -171,7 +173,7 @@ def test_what_waits_in_files_is_gone_however_a_run_ends(saved, tmp_path, monkeyp
             assert list((tmp_path / "out").rglob("*.bin"))
             raise Stop
 
-    _, folder = saved("llama")
+    folder, _ = saved("llama")
     allow(monkeypatch, 0)
     with pytest.raises(Stop):
         run(folder, tmp_path / "out", recipe(column_weights=True), PLENTY, on_event=stop)
@@ -181,7 +183,7 @@ def test_what_waits_in_files_is_gone_however_a_run_ends(saved, tmp_path, monkeyp
 
 def test_two_runs_that_share_a_cache_leave_each_others_files_alone(saved, tmp_path, monkeypatch, spilled):
     """One of them does all its work while the other is in the middle of its calibration."""
-    _, folder = saved("llama")
+    folder, _ = saved("llama")
     config = recipe(column_weights=True)
     run(folder, tmp_path / "plain", config)
     allow(monkeypatch, 0)
@@ -199,7 +201,7 @@ def test_two_runs_that_share_a_cache_leave_each_others_files_alone(saved, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 2**60])
 def test_workers_give_the_same_bytes(limit, saved, tmp_path):
-    _, folder = saved("llama-tied")
+    folder, _ = saved("llama-tied")
     config = recipe({"parts": 2}, allocation="equal-ratio", storage="quantized", weight_dtypes=("int8",))
     run(folder, tmp_path / "alone", config, Execution(threads=1))
     events = []
@@ -210,7 +212,7 @@ def test_workers_give_the_same_bytes(limit, saved, tmp_path):
 
 
 def test_workers_need_a_folder(saved, tmp_path):
-    model, _ = saved("llama")
+    _, model = saved("llama")
     with pytest.raises(UsageError, match="save it, and give its folder instead of an object"):
         run(model, tmp_path / "out", recipe(), Execution(workers=2))
     assert not (tmp_path / "out").exists()
