@@ -34,7 +34,7 @@ _INTERVAL = 30.0
 """Seconds between plain lines about what is no layer."""
 _LAYERS = 8
 """Rows of the live table."""
-_COUNTED = {"calibrating": "windows", "profiling": "groups", "correcting": "sample groups", "evaluating": "models"}
+_COUNTED = {"calibrating": "windows", "profiling": "groups", "correcting": "sample groups", "evaluating": "batches"}
 
 Clock = Callable[[], float]
 

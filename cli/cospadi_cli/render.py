@@ -222,6 +222,10 @@ def _show_protocol(screen: Console, evaluation: dict[str, Any]) -> None:
 
 
 def _show_samples(screen: Console, evaluation: dict[str, Any]) -> None:
+    note = evaluation["compressed"].get("note")
+    if note is not None:
+        screen.print(f"\n{note[0].upper()}{note[1:]}.", markup=False)
+        return
     screen.print(f"\nContinuing {evaluation['prompt']!r}:", markup=False)
     for label, one in (("before", evaluation["baseline"]), ("after", evaluation["compressed"])):
         if one is not None and one["sample"] is not None:

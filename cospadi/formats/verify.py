@@ -158,7 +158,7 @@ class _Reader:
 
     def _opened(self, path: Path) -> Any:
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt", backend="pread"))
         return self._files[path]
 
     def check_finite(self, name: str) -> None:
