@@ -21,8 +21,8 @@ from cospadi.groups import form_groups
 from cospadi.layers import Layer, ModelMap, find_blocks, is_linear
 from cospadi.memory import plan_memory
 from cospadi.models import OpenModel
-from cospadi.pipeline import choose_method
 from cospadi.planning import families_of
+from cospadi.preparation import choose_method
 from cospadi.weights import Weights
 
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}

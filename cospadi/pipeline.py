@@ -4,43 +4,36 @@ map the model -> form groups -> collect statistics -> profile and allocate -> fo
 record -> write the checkpoint folder.
 """
 
-import importlib.util
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cospadi import heap
-from cospadi.calibration.data import fingerprint, open_text, token_windows
-from cospadi.calibration.lockstep import forward_call
+from cospadi.calibration.data import fingerprint
 from cospadi.calibration.sensitivity import largest_batch
 from cospadi.calibration.statistics import Gram
 from cospadi.collecting import calibrate
 from cospadi.collecting import collect_grams as grams_by_block
 from cospadi.config import CompressionConfig
 from cospadi.durable import write_durably
-from cospadi.errors import CheckpointError, UnavailableError, UsageError
+from cospadi.errors import CheckpointError, UsageError
 from cospadi.events import Listener, Planned, PlannedUnit, Retried, Written
 from cospadi.execution import Execution
-from cospadi.executors import devices_of_workers, make_executor
-from cospadi.executors.threads import available_threads
+from cospadi.executors import make_executor
 from cospadi.experts import fuse_experts
 from cospadi.export import write_checkpoint
-from cospadi.factorize import Method
-from cospadi.formats.base import FORMATS
 from cospadi.formats.folder import read_json
 from cospadi.grouping import match_groups, pair_distances
 from cospadi.groups import Group, form_groups
 from cospadi.inputs import Reader, SharedFolders, read_inputs
 from cospadi.job import Job, is_sensitive
-from cospadi.layers import ModelMap, map_model
 from cospadi.measurements import Measurements
 from cospadi.memory import plan_memory
 from cospadi.models import OpenModel, open_model
@@ -55,11 +48,20 @@ from cospadi.planning import (
     profile_paths,
     uniform_assignment,
 )
+from cospadi.preparation import (
+    calibration_windows,
+    check_execution,
+    check_windows,
+    choose_method,
+    fingerprints_of,
+    map_source,
+    measurement_facts,
+    threads_of,
+    torch_device,
+)
 from cospadi.report import Report, machine, totals, versions, write_report
-from cospadi.solvers.auto import Auto
-from cospadi.solvers.base import SOLVERS
 from cospadi.solving import check_order, cost_of, solve
-from cospadi.work import WORK, WorkFolder, check_output, clear_finished, is_finished, read_fingerprint
+from cospadi.work import WorkFolder, check_output, clear_finished, is_finished
 
 
 def compress(
@@ -125,24 +127,24 @@ def compress(
         heap.keep_little()
     method, reason = choose_method(config)
     device = torch_device(config.device)
-    threads = _threads(out, device, execution)
+    threads = threads_of(out, device, execution)
     source = open_model(model, device, tokenizer, streamed=execution.max_memory is not None, split=True)
     if windows is None:
-        windows = _windows(source, config)
+        windows = calibration_windows(source, config)
     check_windows(source, windows)
-    mapped = _map(source, windows, config.include, config.exclude)
+    mapped = map_source(source, windows, config.include, config.exclude)
     matching = config.groups == "matching"
     groups = tuple(form_groups(mapped.layers, "natural" if matching else config.groups))
     check_order(config, groups)
     check_plan(config, method, groups)
-    check_workers(source, execution)
+    check_execution(source, config, execution)
 
     sensitive = is_sensitive(config)
     size = largest_batch(source.model, windows.shape[1]) if sensitive else len(windows)
     size = min(size, config.calibration.batch_size)
     budget = plan_memory(source, mapped, groups, windows, config, size, sensitive, execution.max_memory)
 
-    fingerprints = _fingerprint(source, windows, config)
+    fingerprints = fingerprints_of(source, windows, config)
     with (
         WorkFolder(out, fingerprints, resume, threads) as folder,
         make_executor(
@@ -156,7 +158,7 @@ def compress(
     ):
         root = Path(cache) if cache else folder.folder / "measurements"
         facts = {key: fingerprints[key] for key in ("model", "calibration", "versions")}
-        measurements = Measurements(root, facts | _facts(config, device, folder.threads))
+        measurements = Measurements(root, facts | measurement_facts(config, device, folder.threads))
         shared = executor.n_workers > 1 or execution.executor == "ray"
         reader = SharedFolders.of(source, measurements).reader if shared else _reader(source, measurements)
         of_all = execution.ray_inputs == "shared"
@@ -268,67 +270,13 @@ def collect_grams(model: Any, windows: Tensor, batch_size: int = 8, device: str 
     source = open_model(model, torch_device(device), split=True)
     check_windows(source, windows)
     found: dict[str, Gram] = {}
-    for grams in grams_by_block(source, _map(source, windows), windows, batch_size):
+    for grams in grams_by_block(source, map_source(source, windows), windows, batch_size):
         found.update(grams)
     return found
 
 
-def choose_method(config: CompressionConfig) -> tuple[Method, str]:
-    """Resolve the recipe's solver and format, and say why this solver.
-
-    Raises
-    ------
-    UsageError
-        A name or option is unknown, the solver cannot run here, or the format does not fit the solver.
-    """
-    name, reason = config.solver, "named in the recipe"
-    if name == "auto":
-        name, reason = Auto.choose(torch_device(config.device).type)
-    state = SOLVERS.availability(name)
-    if not state:
-        raise UnavailableError(f"solver {name!r} cannot run here: {state.reason}")
-    solver = SOLVERS.create(name, config.solver_options)
-    format_name = config.format or ("bitmask" if solver.sparse else "dense")
-    if not solver.sparse and format_name != "dense":
-        raise UsageError(f"solver {name!r} has dense coefficients: format {format_name!r} does not fit, use dense")
-    FORMATS.get(format_name)
-    return Method(name, solver, format_name, config.seed), reason
-
-
-def _facts(config: CompressionConfig, device: torch.device, threads: int) -> dict[str, Any]:
-    """Give what is to be collected and on what else its last bits depend, as facts that name a cache."""
-    sensitive = is_sensitive(config)
-    facts = {
-        "sensitivities": sensitive,
-        "token_weights": config.token_weights,
-        "labels": config.calibration.labels if sensitive else None,
-        "seed": config.seed if sensitive else None,
-        "batch_size": config.calibration.batch_size,
-        "device": device.type,
-        "threads": threads,
-    }
-    return facts | ({"parts": config.calibration.parts} if config.calibration.parts > 1 else {})
-
-
-def _threads(out: Path, device: torch.device, execution: Execution) -> int | None:
-    """Give the threads of a task as asked or, for a new run, as the executor would choose them."""
-    if execution.threads is not None or read_fingerprint(out / WORK) is not None:
-        return execution.threads
-    if execution.executor == "ray":
-        return 1
-    workers = len(devices_of_workers(str(device), torch.cuda.device_count(), execution.workers))
-    return max(1, available_threads() // workers)
-
-
 def _reader(source: OpenModel, measurements: Measurements) -> Reader:
     return lambda group: partial(read_inputs, source, measurements, group)
-
-
-def _map(source: OpenModel, windows: Tensor, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> ModelMap:
-    example = windows[:1, : min(8, windows.shape[1])]
-    with source.running() as model:
-        call = forward_call(model, source.device)
-        return map_model(model, lambda: call(example), include, exclude)
 
 
 def _row(folder: WorkFolder, index: int) -> dict[str, Any]:
@@ -423,70 +371,7 @@ def _report(job: Job, plan: Assignment, rows: list[dict[str, Any]]) -> Report:
     }
 
 
-def torch_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}: expected auto, cpu or cuda[:index]") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} cannot be used: torch finds no CUDA GPU on this machine")
-    return device
-
-
-def _windows(source: OpenModel, config: CompressionConfig) -> Tensor:
-    if source.tokenizer is None:
-        raise UsageError("a model object needs a tokenizer or calibration windows beside it")
-    text = open_text(config.calibration.text)
-    return token_windows(source.tokenizer, text, config.calibration.seq_len, config.calibration.samples)
-
-
-def check_workers(source: OpenModel, execution: Execution) -> None:
-    """Refuse what several processes cannot share.
-
-    Raises
-    ------
-    UsageError
-        The model is an object of this process, or a number of workers is asked for where it has no effect.
-    """
-    several = execution.executor == "ray" or (execution.workers or 1) > 1
-    if several and source.folder is None:
-        raise UsageError("several workers read the model themselves: save it, and give its folder instead of an object")
-    if execution.executor == "ray" and importlib.util.find_spec("ray") is None:
-        raise UnavailableError("executor ray needs pip install 'cospadi[ray]'")
-
-
-def check_windows(source: OpenModel, windows: Tensor) -> None:
-    if windows.ndim != 2 or windows.numel() == 0 or windows.dtype not in (torch.int64, torch.int32):
-        raise UsageError(
-            f"windows need whole numbers in a shape (n_windows, seq_len), got {windows.dtype} {tuple(windows.shape)}"
-        )
-    if int(windows.min()) < 0:
-        raise UsageError(f"token {int(windows.min())} is negative: wrong tokenizer?")
-    vocabulary = source.model.get_input_embeddings().weight.shape[0]
-    if int(windows.max()) >= vocabulary:
-        raise UsageError(
-            f"token {int(windows.max())} is outside the model's vocabulary of {vocabulary}: wrong tokenizer?"
-        )
-    longest = getattr(source.model.config, "max_position_embeddings", None)
-    if longest and windows.shape[1] > longest:
-        raise UsageError(f"seq_len {windows.shape[1]} exceeds the model's {longest} positions: choose a smaller one")
-
-
-def _fingerprint(source: OpenModel, windows: Tensor, config: CompressionConfig) -> dict[str, str]:
-    """Name everything that the result depends on."""
-    return {
-        "model": source.digest(),
-        "calibration": fingerprint(windows),
-        # The backend only runs the result; it may change between a run and its resumption.
-        "recipe": json.dumps(config.model_copy(update={"backend": "auto"}).to_dict(), sort_keys=True),
-        "versions": json.dumps(versions(), sort_keys=True),
-    }
-
-
 __all__ = [
-    "choose_method",
     "collect_grams",
     "compress",
     "write_report",

@@ -23,7 +23,7 @@ LEVELS = [
     ["modules", "report", "objective", "measurements"],
     ["integrations", "loading", "export", "profile", "factorize", "memory", "inputs"],
     ["menus", "costs", "job"],
-    ["collecting", "planning"],
+    ["collecting", "planning", "preparation"],
     ["solving"],
     ["pipeline", "evaluation"],
 ]

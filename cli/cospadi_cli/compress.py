@@ -158,8 +158,9 @@ def execute(run: Run) -> None:
 
 def _work(run: Run) -> "Report":
     from cospadi.calibration.data import EMBEDDED_EVALUATION, open_text
-    from cospadi.pipeline import choose_method, write_report
     from cospadi.pipeline import compress as compress_model
+    from cospadi.preparation import choose_method
+    from cospadi.report import write_report
     from cospadi.work import check_output
     from cospadi_cli import measuring
 
