@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from cospadi import heap
 from cospadi.config import CompressionConfig
 from cospadi.errors import UsageError
 from cospadi.events import Predicted
@@ -24,7 +25,7 @@ profiling has at most at a time, by the kind of allocation; of several lines the
 docs/scaling.md: learned dictionaries; sparse weights, rounded weights, profiles, factors of whole numbers."""
 _BATCH = 2.0
 """Bytes that a batch's way through a block and back takes, over those of the inputs and outputs of its layers."""
-_LOGITS = 3.0
+_LOGITS = 2.25
 """The same for the model's head, over its logits."""
 _LIBRARIES = 64 * 2**20
 """What libraries load only when they are first used."""
@@ -79,6 +80,7 @@ def plan_memory(
     UsageError
         The limit is too low for what cannot be divided; tells the least that is enough.
     """
+    heap.trim()
     baseline = resident_bytes() + _LIBRARIES
     on_host = source.device.type == "cpu"
     sequential = config.calibration.order == "sequential"

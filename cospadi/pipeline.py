@@ -141,7 +141,7 @@ def compress(
 
     sensitive = is_sensitive(config)
     size = largest_batch(source.model, windows.shape[1]) if sensitive else len(windows)
-    size = min(size, config.calibration.batch_size)
+    size = min(size, config.calibration.batch_size, len(windows))
     budget = plan_memory(source, mapped, groups, windows, config, size, sensitive, execution.max_memory)
 
     fingerprints = fingerprints_of(source, windows, config)

@@ -4,6 +4,7 @@ import re
 
 from torch import Tensor, nn
 
+from cospadi import heap
 from cospadi.errors import UsageError
 from cospadi.evaluation.streaming import StreamedModel
 from cospadi.memory import resident_bytes
@@ -57,6 +58,7 @@ def activation_budget(source: StreamedModel, windows: Tensor, size: int, limit: 
     logits = 4 * tokens * config.vocab_size * copies + _CHUNKS
     head = int(1.5 * max(outside)) + logits  # as it is stored and as it is used
     hidden = 4 * config.hidden_size
+    heap.trim()
     baseline = resident_bytes() + _LIBRARIES
     least = baseline + max(walking, head) + 2 * tokens * hidden
     if limit < least:
