@@ -56,6 +56,7 @@ def calibrate(job: Job) -> None:
     missing = [source for source in sources if source not in job.measurements]
     if not missing:
         return
+    job.tell(Calibrated(0, 1, "block passes"))
     calibration = job.config.calibration
     wanted = Wanted(
         calibration.batch_size,
@@ -90,6 +91,7 @@ def calibrate(job: Job) -> None:
                     wanted,
                     (folders[index].folder.parent.absolute(), folders[index].facts),
                     limit,
+                    job.scratch / f"activations-{index}",
                 ),
             )
             for index in todo
@@ -172,9 +174,7 @@ def _collect(
     def progress(done: int, total: int) -> None:
         job.tell(Calibrated(part * total + done, n_parts * total, "block passes"))
 
-    if part == 0:
-        job.tell(Calibrated(0, n_parts, "parts"))
-    with ActivationCache(job.budget.activations, into.folder / "activations") as cache:
+    with ActivationCache(job.budget.activations, job.scratch / "activations") as cache:
         for found in statistics_of(job.source, job.map, windows, first, wanted, known, cache, progress):
             for statistics in found:
                 into.store(statistics)
@@ -188,6 +188,7 @@ def _collect_part(
     wanted: Wanted,
     place: tuple[Path, dict[str, Any]],
     limit: int | None,
+    scratch: Path,
     device: str,
     inputs: None,
 ) -> None:
@@ -195,7 +196,7 @@ def _collect_part(
     into = Measurements(*place)
     known = [layer.source for layer in mapped.layers if layer.source in into]
     source = opened(model, device)
-    with ActivationCache(limit, into.folder / "activations") as cache:
+    with ActivationCache(limit, scratch) as cache:
         for found in statistics_of(source, mapped, windows, first, wanted, known, cache):
             for statistics in found:
                 into.store(statistics)

@@ -1,6 +1,7 @@
 """What a run works on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class Job:
         Gives for a group what reads its inputs.
     budget : Budget
         Of memory.
+    scratch : Path
+        Folder of this run alone, for what need not last.
     tell : callable
         Is told of events.
     shared_storage : bool
@@ -58,6 +61,7 @@ class Job:
     executor: Executor
     reader: Reader
     budget: Budget
+    scratch: Path
     tell: Listener
     shared_storage: bool = True
 

@@ -174,6 +174,7 @@ def compress(
             executor,
             reader,
             budget,
+            folder.folder.absolute(),
             tell,
             of_all,
         )

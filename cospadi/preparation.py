@@ -117,9 +117,7 @@ def check_execution(source: OpenModel, config: CompressionConfig, execution: Exe
         Ray is not installed.
     """
     if execution.max_memory is not None and config.groups == "matching":
-        raise UsageError(
-            "groups 'matching' compares all weights with one another: leave out max_memory, or choose others"
-        )
+        raise UsageError("groups 'matching' need all weights at once: leave out max_memory, or choose other groups")
     several = execution.executor == "ray" or (execution.workers or 1) > 1
     if several and source.folder is None:
         raise UsageError("several workers read the model themselves: save it, and give its folder instead of an object")

@@ -88,7 +88,7 @@ class World:
 
     def job(self, config, measurements, own=None, groups=None, tell=lambda event: None):
         """What planning sees of a run: no model, but what reads the inputs of its groups."""
-        unused = dict.fromkeys(("source", "map", "windows", "budget"))
+        unused = dict.fromkeys(("source", "map", "windows", "budget", "scratch"))
         return Job(
             config=config,
             method=own or method(),

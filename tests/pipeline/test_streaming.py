@@ -105,7 +105,6 @@ RECIPES = {
     "grams alone": recipe(),
     "one-shot": recipe(allocation="equal-ratio", storage="quantized", weight_dtypes=("int8",), token_weights=True),
     "sequential without the dense model": recipe({"order": "sequential", "mixing": 0.0}),
-    "pairs that match": recipe(groups="matching"),
 }
 
 
@@ -113,6 +112,12 @@ RECIPES = {
 @pytest.mark.parametrize("way", RECIPES)
 def test_every_way_of_calibrating_gives_the_same_bytes(way, architecture, saved, tmp_path, monkeypatch, spilled):
     check_all_ways(architecture, RECIPES[way], saved, tmp_path, monkeypatch, spilled)
+
+
+def test_groups_that_need_all_weights_are_refused_within_a_limit(saved, tmp_path):
+    with pytest.raises(UsageError, match="need all weights at once"):
+        run(saved("llama-tied")[0], tmp_path / "out", recipe(groups="matching"), Execution(max_memory=2**40))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("sensitive", [False, True])
