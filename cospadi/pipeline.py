@@ -137,7 +137,7 @@ def compress(
     groups = tuple(form_groups(mapped.layers, "natural" if matching else config.groups))
     check_order(config, groups)
     check_plan(config, method, groups)
-    check_execution(source, config, execution)
+    check_execution(source, windows, config, execution)
 
     sensitive = is_sensitive(config)
     size = largest_batch(source.model, windows.shape[1]) if sensitive else len(windows)

@@ -106,16 +106,18 @@ def check_windows(source: OpenModel, windows: Tensor) -> None:
         raise UsageError(f"seq_len {windows.shape[1]} exceeds the model's {longest} positions: choose a smaller one")
 
 
-def check_execution(source: OpenModel, config: CompressionConfig, execution: Execution) -> None:
-    """Refuse what several processes cannot share.
+def check_execution(source: OpenModel, windows: Tensor, config: CompressionConfig, execution: Execution) -> None:
+    """Refuse what cannot be divided as it is asked for.
 
     Raises
     ------
     UsageError
-        The model is an object of this process, or the groups need all weights.
+        There are fewer windows than parts, the groups need all weights, or the model is an object of this process.
     UnavailableError
         Ray is not installed.
     """
+    if config.calibration.parts > len(windows):
+        raise UsageError(f"{len(windows)} calibration windows cannot be divided into parts={config.calibration.parts}")
     if execution.max_memory is not None and config.groups == "matching":
         raise UsageError("groups 'matching' need all weights at once: leave out max_memory, or choose other groups")
     several = execution.executor == "ray" or (execution.workers or 1) > 1

@@ -114,6 +114,13 @@ def test_every_way_of_calibrating_gives_the_same_bytes(way, architecture, saved,
     check_all_ways(architecture, RECIPES[way], saved, tmp_path, monkeypatch, spilled)
 
 
+def test_more_parts_than_windows_are_refused(saved, tmp_path):
+    config = recipe({"parts": len(WINDOWS) + 1})
+    with pytest.raises(UsageError, match=f"cannot be divided into parts={len(WINDOWS) + 1}"):
+        run(saved("llama-tied")[0], tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_groups_that_need_all_weights_are_refused_within_a_limit(saved, tmp_path):
     with pytest.raises(UsageError, match="need all weights at once"):
         run(saved("llama-tied")[0], tmp_path / "out", recipe(groups="matching"), Execution(max_memory=2**40))
