@@ -25,7 +25,7 @@ profiling has at most at a time, by the kind of allocation; of several lines the
 docs/scaling.md: learned dictionaries; sparse weights, rounded weights, profiles, factors of whole numbers."""
 _BATCH = 2.0
 """Bytes that a batch's way through a block and back takes, over those of the inputs and outputs of its layers."""
-_LOGITS = 2.25
+_LOGITS = 3.0
 """The same for the model's head, over its logits."""
 _LIBRARIES = 64 * 2**20
 """What libraries load only when they are first used."""
