@@ -29,13 +29,11 @@ def of_size(choice, factor):
 
 
 @given(st.integers(1, 20_000), widths, st.sampled_from(sorted(CHOICES)), st.integers(1, 3))
-def test_every_unit_costs_something_finite_and_more_outputs_cost_more(d, out_features, name, n_inputs):
+def test_every_unit_costs_something_finite_and_larger_ones_cost_more(d, out_features, name, n_inputs):
     cost = costs.solving(CHOICES[name], d, out_features, HTP(), n_inputs)
     assert 0 < cost < math.inf
-    # A wide matrix is decomposed in another way than a tall one: at the crossing the two formulas meet roughly.
-    assert costs.solving(CHOICES[name], d, [*out_features, 64], HTP(), n_inputs) > 0.95 * cost
-    assert costs.solving(CHOICES[name], d + 64, out_features, HTP(), n_inputs) > 0.95 * cost
-    assert costs.solving(CHOICES[name], 2 * d, [*out_features, 64, *out_features], HTP(), n_inputs) > cost
+    # Of the same proportions: a wide matrix is decomposed in another way than a tall one, and the formulas meet roughly.
+    assert costs.solving(CHOICES[name], 2 * d, [*out_features, *out_features], HTP(), n_inputs) > cost
 
 
 @given(st.integers(1, 5000), widths)
