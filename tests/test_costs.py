@@ -32,7 +32,7 @@ def of_size(choice, factor):
 def test_every_unit_costs_something_finite_and_larger_ones_cost_more(d, out_features, name, n_inputs):
     cost = costs.solving(CHOICES[name], d, out_features, HTP(), n_inputs)
     assert 0 < cost < math.inf
-    # Of the same proportions: a wide matrix is decomposed in another way than a tall one, and the formulas meet roughly.
+    # Of the same proportions: a wide matrix is decomposed in another way than a tall one, and the formulas only meet.
     assert costs.solving(CHOICES[name], 2 * d, [*out_features, *out_features], HTP(), n_inputs) > cost
 
 
