@@ -84,8 +84,8 @@ def test_minilm_encoder_keeps_its_sentences_apart(tmp_path):
 
 
 def test_smollm2_within_a_gibibyte_gives_the_same_bytes(tmp_path):
-    options = ["--ratio", "0.5", "--samples", "4", "--threads", "1", "--eval-tokens", "0", "--quiet"]
-    options += ["--include", "*.layers.1[01].*"]
+    options = ["--ratio", "0.5", "--samples", "2", "--threads", "1", "--eval-tokens", "0", "--quiet"]
+    options += ["--include", "*.layers.10.*"]
     code = (
         "import sys; from cospadi_cli.main import main\n"
         "try: main(sys.argv[1:])\n"
