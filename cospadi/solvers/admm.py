@@ -12,6 +12,9 @@ from cospadi.solvers.exchange import polished
 from cospadi.solvers.htp import first_factors
 from cospadi.solvers.updates import hard_threshold, least_squares_dictionary, squared_columns, unit_columns
 
+_MOST_GROWTH = 10.0
+"""Of an atom in one iteration, so that its multipliers are kept."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,9 @@ class ADMM(Solver):
         multipliers, penalty = xp.zeros_like(S), self.first_penalty
         for _ in range(self.n_iter):
             A, sizes = unit_columns(least_squares_dictionary(Y, S, A))
-            S, multipliers = S * sizes[:, None], multipliers * sizes[:, None]
+            # Next to nothing was coded with an atom that grows much; its multipliers would grow with it, without end.
+            known = xp.astype(sizes < _MOST_GROWTH, Y.dtype)
+            S, multipliers = S * sizes[:, None], multipliers * (known * sizes)[:, None]
             held = xp.astype(A.T @ A, xp.float64) + penalty * identity
             free = xp.astype(xp.linalg.inv(held), Y.dtype) @ (A.T @ Y + penalty * (S - multipliers))
             S = hard_threshold(free + multipliers, n_nonzero)

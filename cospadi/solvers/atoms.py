@@ -4,6 +4,7 @@ Letters as in ``updates.py``; R = Y - A S.  Every function keeps the support of 
 arrays, and cannot raise the error beyond rounding.
 """
 
+import math
 from collections.abc import Callable
 
 from cospadi.arrays import Array, namespace
@@ -146,7 +147,10 @@ def _over_blocks(
     sweeps: int,
 ) -> tuple[Array, Array, Array]:
     xp = namespace(A, S, residual)
-    A, S = xp.asarray(A, copy=True), xp.asarray(S, copy=True)
+    # Third powers of the sizes leave the range of float32: near one they are safe, and powers of two change no digit.
+    largest = max(float(xp.max(xp.abs(S))), float(xp.max(xp.abs(residual))))
+    unit = 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+    A, S, residual = xp.asarray(A, copy=True), S / unit, residual / unit
     for first in range(0, A.shape[1], block):
         part = slice(first, min(first + block, A.shape[1]))
         for _ in range(sweeps):
@@ -157,7 +161,7 @@ def _over_blocks(
             change += residual
             residual = change
             A[:, part], S[part, :] = new_atoms, new_rows
-    return A, S, residual
+    return A, S * unit, residual * unit
 
 
 def _quotient(a: Array, b: Array) -> Array:
