@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cospadi.durable import storing
+
 
 class Held:
     """One tensor that waits; made by ``ActivationCache.hold``.
@@ -78,7 +80,8 @@ class ActivationCache:
             return Held(tensor.detach(), nbytes, None)
         assert self._folder is not None
         path = self._folder / f"{next(self._numbers):08d}.bin"
-        _bytes_of(storage).tofile(path)
+        with storing(path):
+            _bytes_of(storage).tofile(path)
         self.spilled_bytes += nbytes
         held = Held(tensor, nbytes, path)
         if swap:

@@ -1,5 +1,7 @@
 """Activations that wait in memory or on disk, and walks that use them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.collectors import GramCollector
 from cospadi.calibration.lockstep import Lockstep, forward_call
 from cospadi.calibration.sensitivity import collect_statistics
+from cospadi.durable import StorageError
 from cospadi.experts import split_experts
 from cospadi.layers import map_model
 from tests.helpers import ARCHITECTURES, tiny_model, token_windows
@@ -55,6 +58,15 @@ def test_what_an_interrupted_walk_left_is_removed(tmp_path):
     (tmp_path / "00000001.bin").write_bytes(b"old")
     with ActivationCache(10, tmp_path):
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full (Linux)")
+def test_a_full_disk_is_one_line(tmp_path):
+    with ActivationCache(0, tmp_path / "waiting") as cache:
+        (tmp_path / "waiting" / "00000000.bin").symlink_to("/dev/full")
+        with pytest.raises(StorageError, match=r"00000000\.bin cannot be written .*--resume") as caught:
+            cache.hold(torch.ones(100_000))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tensor_that_is_changed_while_it_is_kept_is_noticed():
