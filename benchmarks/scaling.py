@@ -111,7 +111,7 @@ def account(config: tf.PretrainedConfig, recipe: dict) -> dict:
             "largest_solve": predicted.solving / gib,
         },
         "disk_gib": {
-            "statistics": sum(8 * d * d for d in inputs.values()) / gib,
+            "statistics": sum(4 * d * (d + 1) for d in inputs.values()) / gib,
             "activations_at_most": hidden * (len(mapped.blocks) + 2) / gib,
             "records_and_result_at_20_percent": 2 * 0.8 * 2 * parameters / gib,
         },
@@ -119,7 +119,7 @@ def account(config: tf.PretrainedConfig, recipe: dict) -> dict:
             "fingerprint_and_map": 2 * 2 * parameters / gib,
             "calibration_per_part": 2 * 2 * parameters / gib,
             "profile_and_solve_each": (2 * parameters + sum(
-                8 * d * d for group in groups for d in {la.source: la.in_features for la in group.layers}.values()
+                4 * d * (d + 1) for group in groups for d in {la.source: la.in_features for la in group.layers}.values()
             )) / gib,
         },
         # Forwards twice and backwards once through all weights that a token meets.

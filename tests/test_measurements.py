@@ -351,6 +351,7 @@ def test_only_old_temporary_files_are_removed_since_another_run_may_be_writing(t
 
 
 def write_many(folder, seed):
+    torch.set_num_threads(1)  # a forked child waits for ever for the threads that its parent had
     kept = Measurements(folder, FACTS)
     for _ in range(15):
         for index in range(3):

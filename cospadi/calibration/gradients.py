@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cospadi.calibration.statistics import Gram
+from cospadi.calibration.statistics import Gram, fold, unfold
 from cospadi.errors import CheckpointError, NumericalError
 
-_FORMAT = "cospadi source statistics 1"
+_FORMAT = "cospadi source statistics 2"
 
 
 class OutputSensitivity:
@@ -216,8 +216,12 @@ class SourceStatistics:
         return there
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, exactly."""
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in self._tensors().items()}
+        """Write to a safetensors file, exactly; of the Grams, which are symmetric, one half."""
+        halves = self._grams()
+        tensors = {
+            key: fold(tensor.cpu()) if key in halves else tensor.cpu().contiguous()
+            for key, tensor in self._tensors().items()
+        }
         description, counts = json.dumps(self._description()), json.dumps(self._counts())
         save_file(tensors, path, metadata={"format": _FORMAT, "description": description, "counts": counts})
 
@@ -237,6 +241,8 @@ class SourceStatistics:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
             statistics = cls(**json.loads(metadata["description"]))
+            for key, gram in statistics._grams().items():
+                tensors[key] = unfold(tensors[key], len(gram.matrix))
             statistics._restore(tensors, json.loads(metadata["counts"]))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: not saved source statistics ({error})") from error

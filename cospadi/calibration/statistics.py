@@ -100,3 +100,45 @@ class Gram:
         gram = cls(name or str(path), 0)
         gram.matrix, gram.n_tokens = matrix, n_tokens
         return gram
+
+
+def fold(matrix: Tensor) -> Tensor:
+    """Give the lower half of a symmetric matrix, shape (d, d), as one of d + 1 rows and half as many columns.
+
+    The two triangles on the diagonal share the first rows, one in each half (as in LAPACK's rectangular full packed
+    storage); the square below the diagonal follows.
+
+    Returns
+    -------
+    Tensor, shape (d + 1, (d + 1) // 2), dtype of the matrix
+    """
+    d = len(matrix)
+    half, rest = (d + 1) // 2, d // 2
+    folded = torch.empty(d + 1, half, dtype=matrix.dtype)
+    folded[0], folded[1 : half + 1] = 0, matrix[:half, :half].tril()
+    folded[:rest, half - rest :] += matrix[half:, half:].tril().T
+    folded[half + 1 :] = matrix[half:, :half]
+    return folded
+
+
+def unfold(folded: Tensor, size: int) -> Tensor:
+    """Give the symmetric matrix, shape (size, size), that ``fold`` was given.
+
+    Raises
+    ------
+    ValueError
+        The shape is another.
+    """
+    half, rest = (size + 1) // 2, size // 2
+    if tuple(folded.shape) != (size + 1, half):
+        raise ValueError(f"half a matrix of {size} rows has shape {tuple(folded.shape)}")
+    matrix = torch.empty(size, size, dtype=folded.dtype)
+    for triangle, corner in (
+        (folded[1 : half + 1].tril(), matrix[:half, :half]),
+        (folded[:rest, half - rest :].triu().T, matrix[half:, half:]),
+    ):
+        corner.copy_(triangle)
+        corner += triangle.tril(-1).T
+    matrix[half:, :half] = folded[half + 1 :]
+    matrix[:half, half:] = folded[half + 1 :].T
+    return matrix

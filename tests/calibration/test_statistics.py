@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cospadi.calibration.statistics import Gram
+from cospadi.calibration.statistics import Gram, fold, unfold
 from cospadi.errors import CheckpointError, NumericalError
 
 
@@ -64,3 +64,15 @@ def test_a_damaged_file_is_refused(tmp_path):
 def test_grams_of_different_widths_do_not_merge():
     with pytest.raises(ValueError, match="cannot merge"):
         Gram("x", 4).merge(Gram("x", 5))
+
+
+@given(st.integers(0, 40))
+@settings(deadline=None)
+def test_half_of_a_symmetric_matrix_is_the_whole(size):
+    lower = torch.randn(size, size, dtype=torch.float64).tril()
+    matrix = lower + lower.tril(-1).T
+    folded = fold(matrix)
+    assert folded.numel() <= size * (size + 1) // 2 + (size + 1) // 2
+    assert torch.equal(unfold(folded, size), matrix)
+    with pytest.raises(ValueError, match=f"matrix of {size + 2} rows"):
+        unfold(folded, size + 2)
