@@ -106,7 +106,7 @@ def profiling(in_features: int, out_features: Sequence[int], families: Families,
 
 
 def correcting(in_features: int, out_features: Sequence[int], families: Families, solver: Solver) -> float:
-    """Give the cost of one sample of ``planning.measure_corrections``."""
+    """Give the cost of one sample of ``profiling.measure_corrections``."""
     d, n = in_features, sum(out_features)
     most = min(d, n)
     judging = _Work(2.0 * d * d * n)

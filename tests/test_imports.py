@@ -23,7 +23,7 @@ LEVELS = [
     ["modules", "report", "objective", "measurements"],
     ["integrations", "loading", "export", "profile", "factorize", "memory", "inputs"],
     ["menus", "costs", "job"],
-    ["collecting", "planning", "preparation"],
+    ["collecting", "planning", "preparation", "profiling"],
     ["solving"],
     ["pipeline", "evaluation"],
 ]

@@ -18,16 +18,9 @@ from cospadi.layers import Layer
 from cospadi.measurements import Measurements
 from cospadi.menus import Corrections, menu
 from cospadi.objective import objective
-from cospadi.planning import (
-    STRATEGIES,
-    allocate,
-    check_plan,
-    families_of,
-    measure_corrections,
-    profile_groups,
-    uniform_assignment,
-)
+from cospadi.planning import STRATEGIES, allocate, check_plan, families_of, uniform_assignment
 from cospadi.profile import SPARSE
+from cospadi.profiling import measure_corrections, profile_groups
 from cospadi.solvers.base import SOLVERS
 
 WIDTH = 24
@@ -435,7 +428,7 @@ def test_corrections_are_what_solving_and_rounding_did(world, tmp_path, monkeypa
     assert measure_corrections(again, families, profiles) == found
     assert world.made == []
     assert [(step.done, step.resumed) for step in steps] == [(1, True), (2, True), (3, True)]
-    monkeypatch.setattr("cospadi.planning._correct", lambda *given: None)
+    monkeypatch.setattr("cospadi.profiling._correct", lambda *given: None)
     other = measure_corrections(world.job(config, kept, method("orthogonal")), families, profiles)
     assert other == Corrections()
     assert world.made == ["b.1.q", "b.1.up", "b.1.down"]
