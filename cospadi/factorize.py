@@ -98,6 +98,7 @@ def factorize_group(
     """
     if isinstance(choice, Factors):
         found = rounded(choice, approximate(choice, objective, group, method), objective)
+        objective.release()
         spec, tensors = pack_group(
             found.factorization,
             method.format,
@@ -169,15 +170,18 @@ def approximate(choice: Factors, objective: Objective, group: Group, method: Met
     transposed = choice.side == "output"
     make = objective.transposed_problem if transposed else objective.problem
     problem = make(choice.n_atoms, choice.n_nonzero, method.seed)
+    objective.release()
     try:
         solution = method.solver.solve(problem)
     except NumericalError as error:
         raise NumericalError(f"{group.name}: {error}") from error
+    del problem
     coefficients = solution.coefficients
     if transposed:
         dictionary = solution.dictionary.to(torch.float64) / objective.scales[:, None]
     else:
         dictionary = objective.whitening.unwhiten(solution.dictionary)
+        objective.release()
     dictionary, coefficients = _balance(dictionary, coefficients)
     widths = (group.in_features,) if transposed else group.out_features
     parts = coefficients.split(widths, dim=1)
@@ -225,6 +229,7 @@ def _sparsify(choice: Factors, objective: Objective, group: Group) -> Approximat
     weight, metric, scales = (
         convert(matrix.to(torch.float32), library) for matrix in (objective.weight, objective.metric, objective.scales)
     )
+    objective.release()
     coefficients = convert(sparse_weight(weight, metric, choice.n_nonzero * weight.shape[1], scales), "torch")
     identity = torch.eye(group.in_features, dtype=coefficients.dtype, device=coefficients.device)
     parts = coefficients.split(group.out_features, dim=1)
@@ -266,6 +271,7 @@ def rounded(choice: Factors, found: Approximation, objective: Objective) -> Appr
 
 def _quantize(choice: Quantized, objective: Objective, group: Group) -> Approximation:
     (layer,) = group.layers
+    objective.release()
     rounded = quantize_dense(objective.weight.T, objective.metric, choice.dtypes[0])
     weight = dequantize(rounded.values, rounded.scales, GRIDS[choice.dtypes[0]]).T
     factorization = SparseFactorization.of_weight(layer.name, weight, rounded.scales)

@@ -11,18 +11,17 @@ diagonal.  Without sensitivities F = I, and the same formula is half the squared
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from cospadi.arrays import product
 from cospadi.calibration.gradients import SourceStatistics
 from cospadi.calibration.statistics import Gram
 from cospadi.errors import NumericalError
 from cospadi.groups import Group
 from cospadi.solvers.base import Problem
-from cospadi.whitening import Whitening, corrected_weight, whitening_from_gram
+from cospadi.whitening import Whitening, column_errors, corrected_weight, whitening_from_gram
 
 _LEAST_WEIGHT = 1e-6
 """Weight of a column that the loss ignores, as a fraction of the largest: its errors still decide among equals."""
@@ -36,8 +35,8 @@ class Objective:
     ----------
     name : str
         Of the group.
-    weight : Tensor, shape (in_features, out_features of all members), float64
-        W, the members side by side.
+    weight : Tensor, shape (in_features, out_features of all members), floating
+        W, the members side by side, in the dtype that they came in; all that is computed with it is in float64.
     grams : tuple of Tensor, shape (in_features, in_features), float64
         G of each member (the same object where they share their input), undamped.
     widths : tuple of int
@@ -84,10 +83,15 @@ class Objective:
         target = (self.weight * self.scales).T.to(torch.float32).contiguous()
         return Problem(target, n_atoms, n_nonzero, column_metric=self.metric.to(torch.float32), seed=seed)
 
-    @cached_property
+    @property
     def metric(self) -> Tensor:
-        """The Gram that the whitening stands for, damping included: L L^T, float64."""
-        return product(self.whitening.factor, self.whitening.factor.T)
+        """The Gram that the whitening stands for, damping included, float64."""
+        return self.whitening.metric
+
+    def release(self) -> None:
+        """Free what can be computed again, to the same bits: the target and the factor of the whitening."""
+        self.__dict__.pop("target", None)
+        self.whitening.forget()
 
     def harms(self, approximation: Tensor) -> list[float]:
         """Give the predicted gain in loss per token, in nats, from each member (half the squared error without F).
@@ -97,15 +101,15 @@ class Objective:
         approximation : Tensor, shape (in_features, out_features of all members)
             V.
         """
-        error = self.weight - approximation.to(self.weight)
-        error = error * self.scales
-        parts = error.split(self.widths, dim=1)
+        weights, V = self.weight.split(self.widths, dim=1), approximation.split(self.widths, dim=1)
+        squares = self.scales.square().split(self.widths)
         n_tokens = max(1, self.n_tokens)
-        return [
+        found = []
+        for gram, own, other, square in zip(self.grams, weights, V, squares, strict=True):
+            errors = column_errors(gram, partial(_difference, own, other), own.shape[1])
             # Where the Gram is singular, rounding may leave a sum of squares slightly below zero.
-            max(0.5 * float((part * (product(gram, part) if bool(gram.any()) else part)).sum()) / n_tokens, 0.0)
-            for part, gram in zip(parts, self.grams, strict=True)
-        ]
+            found.append(max(0.5 * float((errors * square).sum()) / n_tokens, 0.0))
+        return found
 
     def harm(self, approximation: Tensor) -> float:
         """Give the sum of ``harms``."""
@@ -166,7 +170,7 @@ def objective(
         # Over the tokens that reached the layer: how few they are is in the Gram already.
         moments = [one.layers[layer.name] for one, layer in zip(sources, group.layers, strict=True)]
         sensitivities = torch.cat([moment.squares / max(1, moment.n_tokens) for moment in moments])
-    joined = torch.cat([weight.to(torch.float64) for weight in weights], dim=1)
+    joined = torch.cat(list(weights), dim=1) if len(weights) > 1 else weights[0]
     if shift is not None and mixing > 0:
         joined = corrected_weight(joined, whitening, shift, mixing, ridge)
     return Objective(
@@ -179,6 +183,10 @@ def objective(
         max(one.n_tokens for one in sources),
         damping,
     )
+
+
+def _difference(weight: Tensor, approximation: Tensor, columns: slice) -> Tensor:
+    return weight[:, columns].to(torch.float64) - approximation[:, columns].to(torch.float64)
 
 
 def _gram(statistics: SourceStatistics, token_weights: bool) -> Gram:

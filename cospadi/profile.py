@@ -213,6 +213,7 @@ def along_atoms(points: Sequence[Point], rho: float, families: Families) -> list
 def _sparse_points(objective: Objective, families: Families) -> tuple[Point, ...]:
     W, G = (convert(matrix.to(torch.float32), "numpy") for matrix in (objective.weight, objective.metric))
     scales = convert(objective.scales.to(torch.float32), "numpy")
+    objective.release()
     d, n = W.shape
     found = []
     for s in sorted({max(1, round(density * d)) for density in _DENSITIES}):
@@ -223,6 +224,7 @@ def _sparse_points(objective: Objective, families: Families) -> tuple[Point, ...
 
 def _input_points(objective: Objective, families: Families) -> tuple[Point, ...]:
     Y = convert((objective.target * objective.scales.to(torch.float32)), "numpy")
+    objective.release()
     U = leading_left_singular_vectors(Y, min(Y.shape))
     C = U.T @ Y
     found = []
@@ -237,6 +239,8 @@ def _input_points(objective: Objective, families: Families) -> tuple[Point, ...]
 def _output_points(objective: Objective, families: Families) -> tuple[Point, ...]:
     problem = objective.transposed_problem(1, 1)
     T, M = convert(problem.target, "numpy"), convert(problem.column_metric, "numpy")
+    del problem
+    objective.release()
     roots = np.sqrt(np.diagonal(M))
     T, M = T * roots, M / (roots[:, None] * roots)
     found = []

@@ -4,15 +4,21 @@ With ``G = X^T X = L L^T`` the output error ``||X (W - D S)||_F^2`` equals ``||Y
 ``A = L^T D``: ordinary dictionary learning (arXiv 2509.22075, section 3.1).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cospadi.arrays import product
 from cospadi.errors import NumericalError, UsageError
 
 _MAX_CONDITION = 1e7
 """Largest ratio of the factor's extreme diagonal entries: beyond it D = L^-T A loses the precision of bfloat16."""
+_COLUMNS = 256
+"""Columns of a weight whose errors are computed at a time."""
 _LARGEST = float(torch.finfo(torch.float32).max) ** 0.5
 """Largest norm of a whitened weight: the products of two such matrices are finite in float32."""
 
@@ -23,20 +29,46 @@ class Whitening:
 
     Attributes
     ----------
-    factor : Tensor, shape (in_features, in_features), float64
-        Lower Cholesky factor L of the (damped) Gram.
+    gram : Tensor, shape (in_features, in_features), float64
+        As it was given, undamped.
     damping : float
-        What was added to the Gram's diagonal, as a fraction of its mean; 0 if nothing was.
+        What is added to the Gram's diagonal, as a fraction of its mean; 0 if nothing is.
     note : str
         What was wrong with the Gram, for the report; empty if nothing.
     name : str
         Layer name, for error texts.
+    root : {"cholesky", "eigenvalues", "identity"}
+        Of the damped Gram; of the Gram with its eigenvalues clamped; or of no Gram at all.
     """
 
-    factor: Tensor
+    gram: Tensor
     damping: float = 0.0
     note: str = ""
     name: str = ""
+    root: Literal["cholesky", "eigenvalues", "identity"] = "cholesky"
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The lower Cholesky factor L, shape (in_features, in_features), float64; kept until ``forget``."""
+        if self.root == "cholesky":
+            return torch.linalg.cholesky(self.metric)
+        if self.root == "identity":
+            return torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        values, vectors = torch.linalg.eigh(self.gram)
+        root = vectors * values.clamp_min(self.damping * _mean(self.gram)).sqrt()
+        upper = torch.linalg.qr(root.T).R
+        return (upper * upper.diagonal().sign()[:, None]).T.contiguous()
+
+    @property
+    def metric(self) -> Tensor:
+        """What the factor is a root of, L L^T, float64; the Gram itself where nothing was repaired."""
+        if self.root == "cholesky":
+            return self.gram if self.damping == 0 else _damped(self.gram, self.damping)
+        return product(self.factor, self.factor.T)
+
+    def forget(self) -> None:
+        """Free the factor; who asks for it again computes it again, to the same bits."""
+        self.__dict__.pop("factor", None)
 
     def whiten(self, weight: Tensor) -> Tensor:
         """Give Y = L^T W, float64, from W of shape (in_features, out_features).
@@ -82,35 +114,44 @@ def whitening_from_gram(gram: Tensor, n_tokens: int, damping: float = 1e-6, name
     if not bool(torch.isfinite(gram).all()):
         raise NumericalError(f"{name}: the Gram of the calibration activations holds NaN or infinity")
     size = gram.shape[0]
-    mean = float(gram.diagonal().mean())
+    mean = _mean(gram)
     if mean <= 0:
         seen = "no calibration token reached the layer" if n_tokens == 0 else "all calibration inputs are zero"
-        return Whitening(
-            torch.eye(size, dtype=gram.dtype, device=gram.device),
-            1.0,
-            f"{seen}: the plain weight error is minimised instead",
-            name,
-        )
-    factor = _cholesky(gram)
-    if factor is not None:
-        return Whitening(factor, name=name)
+        return Whitening(gram, 1.0, f"{seen}: the plain weight error is minimised instead", name, "identity")
+    found = _factorized(Whitening(gram, name=name))
+    if found is not None:
+        return found
     note = f"only {n_tokens} tokens for {size} features" if n_tokens < size else "the Gram is close to singular"
     zeros = int((gram.diagonal() == 0).sum())
     if zeros:
         note = f"{zeros} input features are always zero"
     level = damping
     while level <= 0.1:
-        damped = gram.clone()
-        damped.diagonal().add_(level * mean)
-        factor = _cholesky(damped)
-        if factor is not None:
-            return Whitening(factor, level, note, name)
+        found = _factorized(Whitening(gram, level, note, name))
+        if found is not None:
+            return found
         level *= 10
-    values, vectors = torch.linalg.eigh(gram)
-    root = vectors * values.clamp_min(damping * mean).sqrt()
-    upper = torch.linalg.qr(root.T).R
-    lower = (upper * upper.diagonal().sign()[:, None]).T.contiguous()
-    return Whitening(lower, damping, f"{note}; eigenvalues clamped", name)
+    return Whitening(gram, damping, f"{note}; eigenvalues clamped", name, "eigenvalues")
+
+
+def column_errors(gram: Tensor, difference: Callable[[slice], Tensor], n_columns: int) -> Tensor:
+    """Give ``||X e||^2`` of each column e of a matrix, shape (n_columns,), float64, from the Gram of X.
+
+    Parameters
+    ----------
+    gram : Tensor, shape (in_features, in_features), float64
+        ``X^T X``, undamped; a Gram of zeros (no token seen) counts as the identity.
+    difference : callable (slice)
+        Gives a range of the columns, in float64: the whole need not be in memory.
+    n_columns : int
+    """
+    seen = bool(gram.any())
+    found = torch.empty(n_columns, dtype=gram.dtype, device=gram.device)
+    for start in range(0, n_columns, _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        part = difference(columns)
+        found[columns] = (part * (product(gram, part) if seen else part)).sum(0)
+    return found
 
 
 def output_errors(gram: Tensor, weight: Tensor, approximation: Tensor) -> tuple[float, float]:
@@ -123,13 +164,11 @@ def output_errors(gram: Tensor, weight: Tensor, approximation: Tensor) -> tuple[
     weight, approximation : Tensor, shape (in_features, out_features)
         W and V.
     """
-    weight = weight.to(gram)
-    difference = weight - approximation.to(gram)
-    if not bool(gram.any()):
-        return float(difference.square().sum()), float(weight.square().sum())
+    n = weight.shape[1]
+    lost = column_errors(gram, lambda at: weight[:, at].to(gram) - approximation[:, at].to(gram), n)
+    norm = column_errors(gram, lambda at: weight[:, at].to(gram), n)
     # Where the Gram is singular, rounding may leave a sum of squares slightly below zero.
-    lost, norm = (max(float((one * (gram @ one)).sum()), 0.0) for one in (difference, weight))
-    return lost, norm
+    return max(float(lost.sum()), 0.0), max(float(norm.sum()), 0.0)
 
 
 def corrected_weight(
@@ -210,10 +249,21 @@ def sequential_errors(
     )
 
 
-def _cholesky(gram: Tensor) -> Tensor | None:
-    """Give the lower factor, or None when the matrix is not positive definite or badly conditioned."""
-    factor, info = torch.linalg.cholesky_ex(gram)
+def _factorized(whitening: Whitening) -> Whitening | None:
+    """Give it with its factor, or None when the matrix is not positive definite or badly conditioned."""
+    factor, info = torch.linalg.cholesky_ex(whitening.metric)
     diagonal = factor.diagonal()
     if int(info) != 0 or float(diagonal.max()) > _MAX_CONDITION * float(diagonal.min()):
         return None
-    return factor
+    whitening.__dict__["factor"] = factor
+    return whitening
+
+
+def _mean(gram: Tensor) -> float:
+    return float(gram.diagonal().mean())
+
+
+def _damped(gram: Tensor, level: float) -> Tensor:
+    damped = gram.clone()
+    damped.diagonal().add_(level * _mean(gram))
+    return damped

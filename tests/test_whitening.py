@@ -124,7 +124,8 @@ def test_between_the_two_targets_no_other_weight_does_better(seed, width, alpha)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 30), st.floats(1e-3, 10))
 def test_the_ridge_holds_the_correction_to_the_weight(seed, width, tokens, ridge):
     old, new, weight = shifted(seed, tokens, width)
-    level = ridge * float(new.square().sum()) / width
+    damping = whitening_from_gram(new.T @ new, tokens).damping  # of few tokens; it adds to the ridge
+    level = (damping + ridge * (1 + damping)) * float(new.square().sum()) / width
     # Rows that ask for W' = W, as strongly as the ridge says, beside the rows of the fit.
     rows = torch.cat([new, level**0.5 * torch.eye(width, dtype=new.dtype)])
     best = torch.linalg.lstsq(rows, torch.cat([old @ weight, level**0.5 * weight])).solution

@@ -71,16 +71,17 @@ def leading_left_singular_vectors(Y: Array, n_vectors: int) -> Array:
     """
     xp = namespace(Y)
     d, n = Y.shape
+    largest = max(float(xp.max(Y)), -float(xp.min(Y)))
     exact = xp.astype(Y, xp.float64)
-    largest = float(xp.max(xp.abs(exact)))
     if largest > 0:
-        exact = exact / largest
+        exact /= largest
     if d <= n:
         vectors = xp.flip(xp.linalg.eigh(exact @ exact.T).eigenvectors, axis=1)[:, :n_vectors]
     else:
-        right = xp.flip(xp.linalg.eigh(exact.T @ exact).eigenvectors, axis=1)
+        right = xp.flip(xp.linalg.eigh(exact.T @ exact).eigenvectors, axis=1)[:, : min(n_vectors, n)]
         mode = "reduced" if n_vectors <= n else "complete"
-        vectors = xp.linalg.qr(exact @ right, mode=mode)[0][:, :n_vectors]
+        exact = exact @ right
+        vectors = xp.linalg.qr(exact, mode=mode)[0][:, :n_vectors]
     return _contiguous(xp.astype(vectors, Y.dtype))
 
 
