@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cospadi import heap
 from cospadi.config import CompressionConfig
@@ -23,11 +24,11 @@ _SOLVING = {
 """Copies in float64 of a group's Gram, of its weight, and of a square of the weight's lesser side that solving or
 profiling has at most at a time, by the kind of allocation; of several lines the largest counts.  Measured, see
 docs/scaling.md: learned dictionaries; sparse weights, rounded weights, profiles, factors of whole numbers."""
-_BATCH = 2.0
+BATCH = 2.0
 """Bytes that a batch's way through a block and back takes, over those of the inputs and outputs of its layers."""
 _LOGITS = 3.0
 """The same for the model's head, over its logits."""
-_LIBRARIES = 64 * 2**20
+LIBRARIES = 64 * 2**20
 """What libraries load only when they are first used."""
 
 
@@ -81,19 +82,18 @@ def plan_memory(
         The limit is too low for what cannot be divided; tells the least that is enough.
     """
     heap.trim()
-    baseline = resident_bytes() + _LIBRARIES
+    baseline = resident_bytes() + LIBRARIES
     on_host = source.device.type == "cpu"
     sequential = config.calibration.order == "sequential"
     seq_len = windows.shape[1]
     tokens = batch_size * seq_len
     blocks = [_block_bytes(source, name) for name in mapped.blocks]
-    outside = _outside_bytes(source, mapped) if on_host else 0
+    modules = outside_bytes(source.model, mapped.blocks)
+    outside = loading_bytes(modules) if on_host else 0
     block = max(blocks) if on_host else 0
     copies = 2 if sequential and config.calibration.mixing > 0 else 1
     weights = (
-        (max(block * copies, outside) if source.streamed else sum(blocks) * copies + _total_outside(source, mapped))
-        if on_host
-        else 0
+        (max(block * copies, outside) if source.streamed else sum(blocks) * copies + sum(modules)) if on_host else 0
     )
 
     by_block: dict[int, dict[str, int]] = {}
@@ -105,7 +105,7 @@ def plan_memory(
     kinds = 2 if config.token_weights else 1
     grams = max(sum(8 * kinds * d * d for d in widths.values()) for widths in by_block.values())
     grams += 4 * max(d * d for widths in by_block.values() for d in widths.values())  # one product in float32
-    working = int(4 * tokens * max(through.values()) * _BATCH) if on_host else 0
+    working = int(4 * tokens * max(through.values()) * BATCH) if on_host else 0
     head = source.model.get_output_embeddings() if sensitive else None
     logits = 0 if head is None else int(4 * tokens * head.weight.shape[0] * _LOGITS)
 
@@ -124,9 +124,9 @@ def plan_memory(
     )
     if limit is not None and limit < least:
         raise UsageError(
-            f"max_memory {_size(limit)} is too little: this run needs at least {_size(least)} ({_size(baseline)} for "
-            f"the libraries, {_size(weights)} weights, {_size(grams)} Grams, {_size(max(working, logits))} a batch, "
-            f"{_size(solving)} for the largest group); allow that much, or take a smaller batch_size or seq_len"
+            f"max_memory {gib(limit)} is too little: this run needs at least {gib(least)} ({gib(baseline)} for "
+            f"the libraries, {gib(weights)} weights, {gib(grams)} Grams, {gib(max(working, logits))} a batch, "
+            f"{gib(solving)} for the largest group); allow that much, or take a smaller batch_size or seq_len"
         )
     allowed = None if limit is None else min(waiting, limit - baseline - fixed)
     activations = waiting if allowed is None else allowed
@@ -164,23 +164,21 @@ def _block_bytes(source: OpenModel, name: str) -> int:
     return sum(tensor.nbytes for tensor in source.model.get_submodule(name).parameters())
 
 
-def _outside(source: OpenModel, mapped: ModelMap) -> list[int]:
-    inside = tuple(f"{name}." for name in mapped.blocks)
-    found = []
-    for name, module in source.model.named_modules():
-        if name not in mapped.blocks and not name.startswith(inside):
-            found.append(sum(tensor.nbytes for tensor in module.parameters(recurse=False)))
-    return found
+def outside_bytes(model: nn.Module, blocks: Sequence[str]) -> list[int]:
+    """Give the bytes of the parameters of each module outside the blocks."""
+    inside = tuple(f"{name}." for name in blocks)
+    return [
+        sum(tensor.nbytes for tensor in module.parameters(recurse=False))
+        for name, module in model.named_modules()
+        if name not in blocks and not name.startswith(inside)
+    ]
 
 
-def _outside_bytes(source: OpenModel, mapped: ModelMap) -> int:
+def loading_bytes(outside: Sequence[int]) -> int:
     """Give what the largest module outside the blocks takes while it is loaded: as stored, and as it is used."""
-    return int(1.5 * max(_outside(source, mapped), default=0))
+    return int(1.5 * max(outside, default=0))
 
 
-def _total_outside(source: OpenModel, mapped: ModelMap) -> int:
-    return sum(_outside(source, mapped))
-
-
-def _size(nbytes: int) -> str:
+def gib(nbytes: int) -> str:
+    """Give a number of bytes as a text for people."""
     return f"{nbytes / 2**30:.2f} GiB"

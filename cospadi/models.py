@@ -51,6 +51,8 @@ class OpenModel:
         Whether no more than one block is to be in memory.
     experts : tuple of str
         Modules of fused experts that were split into linear layers.
+    unused : tuple of str
+        Tensors of the folder that the model has no place for.
     """
 
     model: Any
@@ -62,6 +64,7 @@ class OpenModel:
     folder: Path | None = None
     streamed: bool = False
     experts: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,6 +230,7 @@ def open_model(
         A file of the folder is missing, damaged or leaves it, or lacks a tensor that the model needs.
     """
     folder = None
+    unused: tuple[str, ...] = ()
     if isinstance(model, nn.Module):
         name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         _refuse_quantised(name, model.config)
@@ -245,17 +249,17 @@ def open_model(
         tokenizer = tokenizer or read_tokenizer(folder)
         with opening(folder):
             loaded = make_skeleton(config, folder)
-            weights = FolderWeights(folder, loaded)
+            weights = stored = FolderWeights(folder, loaded)
         dtypes = {key: tensor.dtype for key, tensor in (*loaded.named_parameters(), *loaded.named_buffers())}
         if device.type == "cpu":
             loaded = loaded.float()
         _place_buffers(loaded, weights, device)
-        experts = tuple(split_experts(loaded)) if split else ()
+        experts, unused = tuple(split_experts(loaded)) if split else (), stored.unused
         weights = ExpertWeights(weights, experts) if experts else weights
         if not streamed:
             Residency(loaded, tuple(find_blocks(loaded)), weights, device, keep=True).load_all()
             loaded.tie_weights()
-    return OpenModel(loaded, tokenizer, dtypes, name, weights, device, folder, streamed, experts)
+    return OpenModel(loaded, tokenizer, dtypes, name, weights, device, folder, streamed, experts, unused)
 
 
 def local_folder(name: str) -> Path:

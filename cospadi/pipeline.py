@@ -5,6 +5,7 @@ record -> write the checkpoint folder.
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,17 +38,7 @@ from cospadi.job import Job, is_sensitive
 from cospadi.measurements import Measurements
 from cospadi.memory import plan_memory
 from cospadi.models import OpenModel, open_model
-from cospadi.planning import (
-    Assignment,
-    allocate,
-    check_plan,
-    correction_paths,
-    families_of,
-    measure_corrections,
-    profile_groups,
-    profile_paths,
-    uniform_assignment,
-)
+from cospadi.planning import Assignment, allocate, check_plan, families_of, uniform_assignment
 from cospadi.preparation import (
     calibration_windows,
     check_execution,
@@ -59,9 +50,12 @@ from cospadi.preparation import (
     threads_of,
     torch_device,
 )
+from cospadi.profiling import correction_paths, measure_corrections, profile_groups, profile_paths
 from cospadi.report import Report, machine, totals, versions, write_report
 from cospadi.solving import check_order, cost_of, solve
 from cospadi.work import WorkFolder, check_output, clear_finished, is_finished
+
+logger = logging.getLogger(__name__)
 
 
 def compress(
@@ -129,6 +123,13 @@ def compress(
     device = torch_device(config.device)
     threads = threads_of(out, device, execution)
     source = open_model(model, device, tokenizer, streamed=execution.max_memory is not None, split=True)
+    if source.unused:
+        logger.warning(
+            "%s: %d stored tensors have no place in the model that its config describes and are left out, such as %s",
+            source.name,
+            len(source.unused),
+            source.unused[0],
+        )
     if windows is None:
         windows = calibration_windows(source, config)
     check_windows(source, windows)
@@ -353,6 +354,7 @@ def _report(job: Job, plan: Assignment, rows: list[dict[str, Any]]) -> Report:
     return {
         "cospadi": versions()["cospadi"],
         "model": job.source.name,
+        "left_out": list(job.source.unused),
         "causal": job.source.model.can_generate(),
         "config": config.to_dict(),
         "calibration": {
@@ -372,8 +374,4 @@ def _report(job: Job, plan: Assignment, rows: list[dict[str, Any]]) -> Report:
     }
 
 
-__all__ = [
-    "collect_grams",
-    "compress",
-    "write_report",
-]
+__all__ = ["collect_grams", "compress"]

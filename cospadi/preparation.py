@@ -55,7 +55,9 @@ def torch_device(name: str) -> torch.device:
     Raises
     ------
     UsageError
-        There is no such device, or torch finds no GPU.
+        There is no such device.
+    UnavailableError
+        Torch finds no such GPU here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,8 +65,9 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"unknown device {name!r}: expected auto, cpu or cuda[:index]") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} cannot be used: torch finds no CUDA GPU on this machine")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UnavailableError(f"device {name!r} cannot be used: torch finds {found or 'no'} CUDA GPUs on this machine")
     return device
 
 

@@ -80,11 +80,6 @@ class Records:
         found = self._describe(index)
         return None if found is None else found[0]
 
-    def bytes_of(self, index: int) -> int:
-        """Give the bytes of a finished group's record on disk; 0 if there is none."""
-        mark = read_mark(self._path(index))
-        return 0 if mark is None else int(mark["bytes"])
-
     def marked(self) -> Iterator[int]:
         """Give the indices of all groups that have a mark, be it damaged."""
         for path in sorted(self.folder.glob("group-*.json")):

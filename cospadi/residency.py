@@ -38,7 +38,7 @@ class Residency:
     def __init__(
         self, model: nn.Module, blocks: Sequence[str], weights: Weights, device: torch.device, keep: bool = False
     ) -> None:
-        self._model, self._weights, self._device, self._keep = model, weights, device, keep
+        self._weights, self._device, self._keep = weights, device, keep
         self.blocks = tuple(blocks)
         self._loaded: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
         self._units: list[tuple[int, str, nn.Module]] = []

@@ -74,6 +74,11 @@ class FolderWeights(Weights):
     skeleton : PreTrainedModel
         The model on the meta device, as its class makes it: tells names, shapes and dtypes.
 
+    Attributes
+    ----------
+    unused : tuple of str
+        Stored tensors that the model has no place for, but for those that its class expects to be too many.
+
     Raises
     ------
     CheckpointError
@@ -85,15 +90,10 @@ class FolderWeights(Weights):
         self._stored = read_headers(folder)
         self._shapes = {name: (tuple(t.shape), t.dtype) for name, t in skeleton.state_dict().items()}
         self._sources: dict[str, _Source] = {}
-        self._config, self._skeleton = skeleton.config, skeleton
-        self._match(skeleton)
+        self._skeleton = skeleton
+        self.unused = tuple(self._match(skeleton))
         self._twins = _twins(skeleton)
         self._check()
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return sum(_nbytes(stored) for stored in self._stored.values())
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors; what several of them are made of is read once."""
@@ -125,8 +125,8 @@ class FolderWeights(Weights):
                 return self._sources[twin]
         raise CheckpointError(f"{self.folder}: the model needs tensor {name}, which no file holds")
 
-    def _match(self, skeleton: Any) -> None:
-        """Find out which stored tensors each tensor of the model is made of."""
+    def _match(self, skeleton: Any) -> list[str]:
+        """Find out which stored tensors each tensor of the model is made of, and which of none."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -135,12 +135,14 @@ class FolderWeights(Weights):
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         prefix, wanted = skeleton.base_model_prefix, dict.fromkeys(self._shapes, True)
+        unused = []
         for key in sorted(self._stored, key=dot_natural_key):
             target, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
             if target not in wanted and key in wanted:
                 target, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
             if target not in wanted:
-                continue  # a tensor that the architecture does not use, such as buffers of old versions
+                unused.append(key)
+                continue
             converter = None if pattern is None else by_pattern[pattern]
             source = self._sources.get(target)
             if source is None:
@@ -149,6 +151,8 @@ class FolderWeights(Weights):
                     assert converter is not None
                     self._sources[target.replace(converter.target_patterns[0], other)] = source
             source.keys.append((pattern or key, key))
+        expected = [*(skeleton._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]  # of old versions
+        return [key for key in unused if not any(re.search(pattern, key) for pattern in expected)]
 
     def _check(self) -> None:
         for name in self._shapes:
@@ -248,10 +252,3 @@ def _twins(skeleton: nn.Module) -> dict[str, list[str]]:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     return {name: [n for n in same if n != name] for same in names.values() if len(same) > 1 for name in same}
-
-
-def _nbytes(stored: StoredTensor) -> int:
-    size = stored.dtype.itemsize
-    for side in stored.shape:
-        size *= side
-    return size

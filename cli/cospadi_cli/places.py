@@ -31,20 +31,12 @@ def torch_device(name: str) -> "torch.device":
     UsageError
         There is no such device here.
     """
-    import torch
+    from cospadi.errors import UsageError
+    from cospadi.preparation import torch_device as known_device
 
-    from cospadi.errors import UnavailableError, UsageError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}: give cpu, cuda or cuda:N") from error
+    device = known_device(name)
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r}: speed is measured on cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UnavailableError(f"device {name!r}: torch finds {torch.cuda.device_count()} CUDA GPUs on this machine")
     return device
 
 

@@ -7,17 +7,13 @@ from torch import Tensor, nn
 from cospadi import heap
 from cospadi.errors import UsageError
 from cospadi.evaluation.streaming import StreamedModel
-from cospadi.memory import resident_bytes
+from cospadi.memory import BATCH, LIBRARIES, gib, loading_bytes, outside_bytes, resident_bytes
 from cospadi.modules import SparseLinear
 
 LOGITS_BYTES = 2**27
 """Of the logits of one batch, as far as a batch has more than one window."""
-_BATCH = 2.0
-"""Bytes that a batch's way through a block takes, over those of the inputs and outputs of its layers."""
 _CHUNKS = 2**26
 """What the NLL takes beside the logits."""
-_LIBRARIES = 64 * 2**20
-"""What libraries load only when they are first used."""
 
 
 def batch_size(vocabulary: int, window: int, most: int = 4) -> int:
@@ -45,26 +41,20 @@ def activation_budget(source: StreamedModel, windows: Tensor, size: int, limit: 
     if source.device.type != "cpu":
         return None
     config, tokens = source.model.config.get_text_config(), size * windows.shape[1]
-    inside = tuple(f"{name}." for name in source.blocks)
-    outside = [
-        sum(tensor.nbytes for tensor in module.parameters(recurse=False))
-        for name, module in source.model.named_modules()
-        if name not in source.blocks and not name.startswith(inside)
-    ]
     blocks = [source.model.get_submodule(name) for name in source.blocks]
-    walking = max(_block_bytes(block) + int(4 * tokens * _widths(block, config) * _BATCH) for block in blocks)
+    walking = max(_block_bytes(block) + int(4 * tokens * _widths(block, config) * BATCH) for block in blocks)
     # A slice of the logits of several windows is a copy, and so is what caps them.
     copies = 1 + (size > 1) + 2 * (getattr(config, "final_logit_softcapping", None) is not None)
     logits = 4 * tokens * config.vocab_size * copies + _CHUNKS
-    head = int(1.5 * max(outside)) + logits  # as it is stored and as it is used
+    head = loading_bytes(outside_bytes(source.model, source.blocks)) + logits
     hidden = 4 * config.hidden_size
     heap.trim()
-    baseline = resident_bytes() + _LIBRARIES
+    baseline = resident_bytes() + LIBRARIES
     least = baseline + max(walking, head) + 2 * tokens * hidden
     if limit < least:
         raise UsageError(
-            f"max_memory {_size(limit)} is too little for the evaluation, which needs at least {_size(least)} "
-            f"({_size(baseline)} for the libraries, {_size(walking)} for a block and a batch in it, {_size(head)} for "
+            f"max_memory {gib(limit)} is too little for the evaluation, which needs at least {gib(least)} "
+            f"({gib(baseline)} for the libraries, {gib(walking)} for a block and a batch in it, {gib(head)} for "
             f"the head and its logits): allow that much, or take shorter windows"
         )
     return min(windows.numel() * hidden, limit - baseline - max(walking, head))
@@ -102,7 +92,3 @@ def _widths(block: nn.Module, config: object) -> int:
                     fused = chosen if tensor.ndim > 2 else times
                     widths[f"{kind}.{own}"] = fused * (tensor.shape[-1] + tensor.shape[-2])
     return sum(widths.values())
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"

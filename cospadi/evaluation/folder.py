@@ -23,6 +23,7 @@ from cospadi.executors import Task, make_executor
 from cospadi.formats.checkpoint import QUANT_METHOD
 from cospadi.loading import load
 from cospadi.models import model_class, open_model, read_config, read_tokenizer
+from cospadi.preparation import torch_device
 
 NO_SAMPLE = "no sample was written: within a limit on memory the whole model would be read for every token of it"
 
@@ -111,7 +112,7 @@ def measure_folders(
     own = replace(protocol, prompt=None) if limited else protocol
     with make_executor(
         execution.executor,
-        device=_device(device),
+        device=str(torch_device(device)),
         workers=execution.workers,
         threads=execution.threads,
         ray_address=execution.ray_address,
@@ -169,7 +170,7 @@ def load_model(path: str | Path, backend: str = "auto", device: str = "auto", ch
     UsageError
         There is no such model, or it is not a causal language model.
     """
-    device = _device(device)
+    device = str(torch_device(device))
     described = getattr(_causal_config(path), "quantization_config", None) or {}
     if described.get("quant_method") != QUANT_METHOD:
         return open_model(str(path), torch.device(device)).model
@@ -239,12 +240,6 @@ def _causal_config(path: str | Path) -> Any:
     if not model_class(config).can_generate():
         raise UsageError(f"{path} is not a causal language model: perplexity and generation need one")
     return config
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 def _name(dtype: torch.dtype) -> str:
