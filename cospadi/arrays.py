@@ -106,3 +106,17 @@ def product(left: Array, right: Array) -> Array:
     if on_cpu(left):
         return convert(convert(left, "numpy") @ convert(right, "numpy"), "torch")
     return left @ right
+
+
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Give the eigenvalues of a symmetric matrix, in rising order, and its eigenvectors as columns.
+
+    The matrix may be overwritten: numpy's own function takes two more copies of it.
+    """
+    if library_of(matrix) == "numpy":
+        from scipy.linalg import eigh as lapack
+
+        values, vectors = lapack(matrix.T, overwrite_a=True, check_finite=False, driver="evd")
+        return values, vectors
+    found = namespace(matrix).linalg.eigh(matrix)
+    return found[0], found[1]

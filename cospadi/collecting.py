@@ -156,7 +156,7 @@ def statistics_of(
     for block, grams in enumerate(collect_grams(source, mapped, windows, wanted.batch_size, cache)):
         yield [_plain(mapped, gram, windows.numel()) for name, gram in grams.items() if name not in known]
         if progress is not None:
-            progress(block + 1, len(mapped.blocks))
+            progress(block + 1, len(mapped.blocks), block + 1, len(mapped.blocks))
 
 
 def _plain(mapped: ModelMap, gram: Gram, n_tokens: int) -> SourceStatistics:
@@ -171,8 +171,16 @@ def _collect(
 ) -> None:
     known = [layer.source for layer in job.map.layers if layer.source in into]
 
-    def progress(done: int, total: int) -> None:
-        job.tell(Calibrated(part * total + done, n_parts * total, "block passes"))
+    def progress(done: int, total: int, work_done: float, work_total: float) -> None:
+        job.tell(
+            Calibrated(
+                part * total + done,
+                n_parts * total,
+                "block passes",
+                work_done=part * work_total + work_done,
+                work_total=n_parts * work_total,
+            )
+        )
 
     with ActivationCache(job.budget.activations, job.scratch / "activations") as cache:
         for found in statistics_of(job.source, job.map, windows, first, wanted, known, cache, progress):

@@ -13,17 +13,23 @@ from cospadi.config import CompressionConfig
 from cospadi.errors import UsageError
 from cospadi.events import Predicted
 from cospadi.formats.checkpoint import MAX_SHARD_BYTES
+from cospadi.formats.quantization import grid_of
 from cospadi.groups import Group
 from cospadi.layers import ModelMap
 from cospadi.models import OpenModel
 
 _SOLVING = {
-    "uniform": ((2.9, 4.9, 5.6),),
-    "measured": ((7.5, 7.4, 0.0), (4.0, 10.3, 0.0), (6.1, 4.9, 4.9), (6.2, 14.5, 1.8)),
+    "single-step": (2.0, 1.9, 6.9),
+    "htp": (1.5, 4.4, 6.4),
+    "output": (0.9, 11.0, 3.5),
+    "whole-numbers": (3.0, 13.7, 6.2),
+    "sparse": (4.0, 6.1, 0.0),
+    "quantized": (2.6, 6.3, 0.3),
+    "profile": (3.2, 2.8, 9.5),
 }
-"""Copies in float64 of a group's Gram, of its weight, and of a square of the weight's lesser side that solving or
-profiling has at most at a time, by the kind of allocation; of several lines the largest counts.  Measured, see
-docs/scaling.md: learned dictionaries; sparse weights, rounded weights, profiles, factors of whole numbers."""
+"""Copies in float64 of a group's Gram, of its weight, and of a square of the weight's lesser side that a way of storing
+takes at most at a time while it is solved, and so for the profile of all ways.  Measured, see
+benchmarks/solving_memory.py."""
 BATCH = 2.0
 """Bytes that a batch's way through a block and back takes, over those of the inputs and outputs of its layers."""
 _LOGITS = 3.0
@@ -104,14 +110,15 @@ def plan_memory(
         through[layer.block] = through.get(layer.block, 0.0) + share * (layer.in_features + layer.out_features)
     kinds = 2 if config.token_weights else 1
     grams = max(sum(8 * kinds * d * d for d in widths.values()) for widths in by_block.values())
-    grams += 4 * max(d * d for widths in by_block.values() for d in widths.values())  # one product in float32
+    # While one is summed its product in float32; while it is written half of it, and a quarter on the way there.
+    grams += 6 * max(d * d for widths in by_block.values() for d in widths.values())
     working = int(4 * tokens * max(through.values()) * BATCH) if on_host else 0
     head = source.model.get_output_embeddings() if sensitive else None
     logits = 0 if head is None else int(4 * tokens * head.weight.shape[0] * _LOGITS)
 
     hidden = 4 * windows.numel() * int(source.model.config.get_text_config().hidden_size)
     waiting = hidden * (len(mapped.blocks) + 2 if sensitive else 2 * copies) if on_host else 0
-    solving = max(_solving_bytes(group, config.allocation == "uniform") for group in groups)
+    solving = max(solving_bytes(group, config) for group in groups)
     written = sum(2 * layer.in_features * layer.out_features for layer in mapped.layers)
     writing = min(MAX_SHARD_BYTES, written + outside) + max(2 * g.in_features * sum(g.out_features) for g in groups)
 
@@ -144,11 +151,31 @@ def _share_of_tokens(source: OpenModel, name: str) -> float:
     return float(min(1.0, chosen / source.model.get_submodule(experts).num_experts))
 
 
-def _solving_bytes(group: Group, uniform: bool) -> int:
+def solving_bytes(group: Group, config: CompressionConfig) -> int:
+    """Give what profiling and solving a group takes at most, its weights and Grams included."""
     d, n = group.in_features, sum(group.out_features)
-    counts = (d * d, d * n, min(d, n) ** 2)
-    kinds = _SOLVING["uniform" if uniform else "measured"]
-    return int(8 * max(sum(factor * count for factor, count in zip(kind, counts, strict=True)) for kind in kinds))
+    most = max(a * d * d + b * d * n + c * min(d, n) ** 2 for a, b, c in map(_SOLVING.__getitem__, _ways(config)))
+    sources = len({layer.source for layer in group.layers})
+    several = sources * d * d if sources > 1 else 0  # a Gram for each, and their mean
+    joined = d * n / 2 if len(group.layers) > 1 else 0
+    return int(8 * (most + several + joined))
+
+
+def _ways(config: CompressionConfig) -> list[str]:
+    """Name the ways of storing that the recipe may come to."""
+    whole = config.value_dtype == "auto" or grid_of(config.value_dtype) is not None
+    if config.allocation == "uniform":
+        found = ["single-step"] if config.solver in ("single-step", "svd") else ["single-step", "htp"]
+        return [*found, *(["whole-numbers"] if whole and config.value_dtype != "auto" else [])]
+    found = ["profile"]
+    if config.storage != "factors":
+        found.append("quantized")
+    if config.storage != "quantized" and config.dictionary != "learned":
+        found.append("sparse")
+    if config.storage != "quantized" and config.dictionary != "identity":
+        found += ["single-step", "htp", *(["output"] if config.side != "input" else [])]
+        found += ["whole-numbers"] if whole else []
+    return found
 
 
 def resident_bytes() -> int:

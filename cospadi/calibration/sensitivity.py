@@ -17,6 +17,9 @@ from cospadi.calibration.labels import Labels, choose_labels, model_output
 from cospadi.errors import NumericalError, UsageError
 from cospadi.layers import Layer, ModelMap
 
+_PER_HEAD, _PER_GRAM = 2.1, 0.6
+"""Multiplications per token that take as long as the head and its loss, over its weights, and as one Gram, over its
+entries; measured."""
 _MAX_LOGITS = 1 << 25
 """Logits of one batch (128 MiB in float32); a larger batch is divided, which changes the result by rounding only."""
 
@@ -212,7 +215,7 @@ def walk_statistics(
     device: torch.device | str = "cpu",
     cache: ActivationCache | None = None,
     known: Container[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, float, float], None] | None = None,
 ) -> Iterator[dict[str, SourceStatistics]]:
     """Run the model forwards and backwards over the calibration tokens and give statistics of its layers.
 
@@ -252,7 +255,8 @@ def walk_statistics(
     known : container of str
         Sources whose statistics are not wanted.
     progress : callable, optional
-        Told how many block passes are done and of how many; one backwards counts as three forwards.
+        Told how many steps are done and of how many, then how much of the work and of how much: a step is a block's
+        way forwards or back, or the head.
 
     Yields
     ------
@@ -284,16 +288,14 @@ def walk_statistics(
         return output, chosen.gradient(output, batches[index], starts[index])
 
     choose_labels(labels, True, bool(model.can_generate()), seed)  # what cannot be is said before the work begins
-    # The head and the loss, in forward passes of a block; the factor was measured.
-    head, first = model.get_output_embeddings(), sum(p.numel() for p in blocks[0].parameters())
-    turn = 0 if head is None else round(2.4 * head.weight.numel() / first)
-    done, total = 0, 4 * len(blocks) + turn
+    costs = _pass_costs(model, blocks, [la for la in mapped.layers if la.source not in known], weighted + grams)
+    done, total, work = 0, len(costs), sum(costs)
 
-    def tell(passes: int) -> None:
+    def tell() -> None:
         nonlocal done
-        done += passes
-        if progress is not None and passes:
-            progress(done, total)
+        done += 1
+        if progress is not None:
+            progress(done, total, sum(costs[:done]), work)
 
     with frozen(model), GradientPasses(blocks, call, batches, cache) as walk:
         for block in range(len(blocks)):
@@ -307,10 +309,10 @@ def walk_statistics(
                 raise NumericalError(
                     f"{mapped.blocks[block]}: its output on the calibration text holds NaN or infinity"
                 )
-            tell(1)
+            tell()
         walk.turn(loss_gradient)
         assert chosen is not None
-        tell(turn)
+        tell()
         for block in reversed(range(len(blocks))):
             layers = [layer for layer in mapped.layers if layer.block == block and layer.source not in known]
             kept = {"grams": grams, "weighted": weighted, "output_grams": output_grams}
@@ -322,7 +324,18 @@ def walk_statistics(
                 walk.back(block, backward)
             if collector.statistics:
                 yield collector.statistics
-            tell(3)
+            tell()
+
+
+def _pass_costs(model: Any, blocks: Sequence[nn.Module], layers: Sequence[Layer], n_grams: int) -> list[float]:
+    """Give what each step costs, in multiplications per token: all blocks, the head and its loss, all blocks back."""
+    forth = [float(sum(p.numel() for p in block.parameters())) for block in blocks]
+    # On the way back a block runs again, its inputs get gradients, and the Grams are summed.
+    back = [2 * cost for cost in forth]
+    for block, width in {layer.source: (layer.block, layer.in_features) for layer in layers}.values():
+        back[block] += _PER_GRAM * n_grams * width**2
+    head = model.get_output_embeddings()
+    return [*forth, 0.0 if head is None else _PER_HEAD * head.weight.numel(), *reversed(back)]
 
 
 def collect_statistics(*args: Any, **options: Any) -> dict[str, SourceStatistics]:

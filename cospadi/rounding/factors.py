@@ -229,16 +229,23 @@ class _Problem:
         for column in columns:
             span = torch.linalg.qr(A[:, (S[:, column] != 0) & alive]).Q
             spans += span @ span.T
-        return torch.eye(A.shape[0], dtype=torch.float64) - spans.to(torch.float64) / max(1, len(columns))
+        unspanned = spans.to(torch.float64).div_(-max(1, len(columns)))
+        unspanned.diagonal().add_(1.0)
+        return unspanned
 
     def _round_dictionary(self, D: Tensor, metric: Tensor, kept: float) -> tuple[Tensor, Tensor | None]:
         grid = grid_of(self.dictionary_dtype)
         if grid is None:
             return _nearest(D.T.contiguous(), self.dictionary_dtype)
-        identity = torch.eye(metric.shape[0], dtype=torch.float64)
-        gram = self.factor @ (metric * (1 - kept) + kept * identity) @ self.factor.T
-        rounded = round_rows(D.T.contiguous(), gram, grid, damping=1e-6, sweeps=0)
+        rounded = round_rows(D.T.contiguous(), self._with_kept(metric, kept), grid, damping=1e-6, sweeps=0)
         return rounded.values, rounded.scales
+
+    def _with_kept(self, metric: Tensor, kept: float) -> Tensor:
+        """Give L ((1 - kept) M + kept I) L^T."""
+        mixed = metric * (1 - kept)
+        mixed.diagonal().add_(kept)
+        mixed = self.factor @ mixed
+        return mixed @ self.factor.T
 
     def _refit(self, D: Tensor, S: Tensor) -> Tensor:
         """Lower the error of S on its support; no column's error rises."""

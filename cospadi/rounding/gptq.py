@@ -75,9 +75,10 @@ def round_rows(rows: Tensor, gram: Tensor, grid: Grid, *, damping: float = 0.01,
         return RoundedRows(nearest, nearest_scales)
     exact = rows.detach().to(torch.float64)
     size = float(power_of_two(exact.abs().max()))
-    triangle, used = upper_factor(gram, damping)
+    weights, feedback, used = _feedback(gram, damping)
     columns = (exact.T / size).to(torch.float32).contiguous()
-    wholes, scales = _sequential(columns, triangle, grid, size)
+    wholes, scales = _sequential(columns, weights, feedback, grid, size)
+    del feedback
     wholes, scales = descend(Quadratic(gram.to(torch.float32), columns), wholes, scales, grid, sweeps)
     values = wholes.T.contiguous().to(torch.int8)
     rounded_scales = representable_scales((scales[0] if grid.group is None else scales.T) * size, grid)
@@ -143,11 +144,13 @@ def upper_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     diagonal = gram.diagonal()
     alive = diagonal > 0
     energy = torch.where(alive, diagonal, float(diagonal[alive].mean()) * 1e-6 if bool(alive.any()) else 1.0)
-    gram = gram + torch.diag(energy - diagonal)
     level = damping
     while level <= 1:
         # The factor of the reversed matrix, reversed.
-        factor, info = torch.linalg.cholesky_ex((gram + level * torch.diag(energy)).flip(0, 1))
+        damped = gram.flip(0, 1)
+        damped.diagonal().copy_(((1 + level) * energy).flip(0))
+        factor, info = torch.linalg.cholesky_ex(damped)
+        del damped
         pivots = factor.diagonal().square() / energy.flip(0)
         if int(info) == 0 and bool((pivots > 1e-12).all()):
             return factor.flip(0, 1), level
@@ -161,13 +164,20 @@ def row_errors(differences: Tensor, gram: Tensor) -> Tensor:
     return ((differences @ gram) * differences).sum(dim=1)
 
 
-def _sequential(columns: Tensor, triangle: Tensor, grid: Grid, size: float) -> tuple[Tensor, Tensor]:
+def _feedback(gram: Tensor, damping: float) -> tuple[FloatArray, Tensor, float]:
+    """Give the weights of the numbers, what their errors ask of those after them, and the damping that was needed."""
+    triangle, used = upper_factor(gram, damping)
+    weights = triangle.diagonal().square().to(torch.float32).numpy()
+    return weights, triangle.div_(triangle.diagonal().clone()).to(torch.float32), used
+
+
+def _sequential(
+    columns: Tensor, weights: FloatArray, feedback: Tensor, grid: Grid, size: float
+) -> tuple[Tensor, Tensor]:
     """Round with feedback; gives whole numbers (n, n_columns) and scales (n_groups, n_columns), relative to size."""
     from cospadi.rounding.kernels import round_sequentially
 
     n, n_columns = columns.shape
-    weights = triangle.diagonal().square().to(torch.float32).numpy()
-    feedback = (triangle / triangle.diagonal()).to(torch.float32)
     width = grid.group or _BLOCK
     n_blocks = -(-n // width)
     wholes, errors = torch.empty_like(columns), torch.empty_like(columns)

@@ -9,7 +9,7 @@ The sparse factor cannot be whitened without losing its zeros, but the gradient 
 gain one multiplication by M.  Written once against the array API; letters as in ``base.py``.
 """
 
-from cospadi.arrays import Array, namespace
+from cospadi.arrays import Array, eigh, namespace
 from cospadi.solvers.updates import hard_threshold, solve_atoms, unit_columns
 
 
@@ -49,7 +49,7 @@ def pursue_in_metric(
     YM = Y @ M
     total = float(xp.sum(YM * Y))
     # The directions that keep most of the metric's energy, and the largest correlations with them.
-    vectors = xp.linalg.eigh(xp.astype(YM @ Y.T, xp.float64)).eigenvectors
+    _, vectors = eigh(xp.astype(YM @ Y.T, xp.float64))
     A = xp.astype(xp.flip(vectors, axis=1)[:, :n_atoms], Y.dtype)
     S = hard_threshold(A.T @ Y, n_nonzero)
     SM = S @ M  # the one product of full size that each new S costs

@@ -12,7 +12,7 @@ non-zeros are spread over the columns by what their errors cost.
 
 import numpy as np
 
-from cospadi.arrays import Array, library_of, namespace
+from cospadi.arrays import Array, eigh, library_of, namespace
 from cospadi.solvers.htp import conjugate_gradients
 
 _FIRST_PENALTY, _LAST_PENALTY = 0.05, 4.0
@@ -72,7 +72,7 @@ def sparse_weight(
 def _split(Y: Array, G: Array, S: Array, n_nonzero: int, n_iter: int) -> Array:
     """Split the problem into a least squares without zeros and a threshold, which their multipliers bring together."""
     xp = namespace(Y, G)
-    values, vectors = xp.linalg.eigh(xp.astype(G, xp.float64))
+    values, vectors = eigh(xp.astype(G, xp.float64))
     values = xp.astype(xp.where(values > 0, values, xp.zeros_like(values)), Y.dtype)[:, None]
     vectors = xp.astype(vectors, Y.dtype)
     target = values * (vectors.T @ Y)

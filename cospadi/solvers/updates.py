@@ -8,7 +8,7 @@ of the target: every threshold is relative.
 import numpy as np
 from array_api_compat import device
 
-from cospadi.arrays import Array, library_of, namespace
+from cospadi.arrays import Array, eigh, library_of, namespace
 
 
 def squared_columns(V: Array) -> Array:
@@ -76,9 +76,9 @@ def leading_left_singular_vectors(Y: Array, n_vectors: int) -> Array:
     if largest > 0:
         exact /= largest
     if d <= n:
-        vectors = xp.flip(xp.linalg.eigh(exact @ exact.T).eigenvectors, axis=1)[:, :n_vectors]
+        vectors = xp.flip(eigh(exact @ exact.T)[1], axis=1)[:, :n_vectors]
     else:
-        right = xp.flip(xp.linalg.eigh(exact.T @ exact).eigenvectors, axis=1)[:, : min(n_vectors, n)]
+        right = xp.flip(eigh(exact.T @ exact)[1], axis=1)[:, : min(n_vectors, n)]
         mode = "reduced" if n_vectors <= n else "complete"
         exact = exact @ right
         vectors = xp.linalg.qr(exact, mode=mode)[0][:, :n_vectors]

@@ -201,8 +201,13 @@ def test_a_batch_is_divided_when_its_logits_would_be_too_large(monkeypatch):
         progress=lambda *done: progress.append(done),
     )
     assert sizes == [2, 2, 1]
-    # Two blocks, of which one backwards counts as three forwards; the head and the loss, here about as dear as a block.
-    assert progress == [(1, 9), (2, 9), (3, 9), (6, 9), (9, 9)]
+    # Two blocks forth, the head and the loss, two blocks back, which cost more.
+    assert [step[:2] for step in progress] == [(done, 5) for done in range(1, 6)]
+    work = [step[2] for step in progress]
+    assert work == sorted(work)
+    assert work[-1] == pytest.approx(progress[0][3])
+    steps = [later - before for before, later in zip([0.0, *work], work, strict=False)]
+    assert steps[0] == steps[1] < steps[3] == pytest.approx(steps[4])
 
 
 def test_the_parts_of_two_workers_merge_into_the_whole():
@@ -244,7 +249,7 @@ def test_the_model_comes_out_as_it_went_in(architecture, fails):
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     generator = torch.get_rng_state()
 
-    def stop(done, total):
+    def stop(*done):
         raise KeyboardInterrupt
 
     if fails:
