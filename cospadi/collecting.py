@@ -1,6 +1,6 @@
 """Calibration: the statistics of every distinct input, measured once and kept."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,11 +132,14 @@ def statistics_of(
     known: Sequence[str],
     cache: ActivationCache,
     progress: Any = None,
-) -> Iterator[Iterable[SourceStatistics]]:
-    """Walk through the model and give the statistics of one block after the other, without those that are known."""
+) -> Iterator[dict[str, SourceStatistics]]:
+    """Walk through the model and give the statistics of one block after the other, without those that are known.
+
+    Who takes them out of the dict frees them; else they stay in memory while the next block's are collected.
+    """
     if wanted.labels is not None:
         with source.running() as model:
-            for found in walk_statistics(
+            yield from walk_statistics(
                 model,
                 mapped,
                 forward_call(model, source.device),
@@ -150,11 +153,10 @@ def statistics_of(
                 cache=cache,
                 known=known,
                 progress=progress,
-            ):
-                yield found.values()
+            )
         return
     for block, grams in enumerate(collect_grams(source, mapped, windows, wanted.batch_size, cache)):
-        yield [_plain(mapped, gram, windows.numel()) for name, gram in grams.items() if name not in known]
+        yield {name: _plain(mapped, grams.pop(name), windows.numel()) for name in list(grams) if name not in known}
         if progress is not None:
             progress(block + 1, len(mapped.blocks), block + 1, len(mapped.blocks))
 
@@ -184,8 +186,7 @@ def _collect(
 
     with ActivationCache(job.budget.activations, job.scratch / "activations") as cache:
         for found in statistics_of(job.source, job.map, windows, first, wanted, known, cache, progress):
-            for statistics in found:
-                into.store(statistics)
+            _store_all(found, into)
 
 
 def _collect_part(
@@ -206,8 +207,13 @@ def _collect_part(
     source = opened(model, device)
     with ActivationCache(limit, scratch) as cache:
         for found in statistics_of(source, mapped, windows, first, wanted, known, cache):
-            for statistics in found:
-                into.store(statistics)
+            _store_all(found, into)
+
+
+def _store_all(found: dict[str, SourceStatistics], into: Measurements) -> None:
+    """Store statistics and free them, whoever else still holds the dict."""
+    for source in list(found):
+        into.store(found.pop(source))
 
 
 def _part_of(measurements: Measurements, index: int, n_parts: int) -> Measurements:

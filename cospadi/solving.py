@@ -139,23 +139,36 @@ def _solve_sequentially(
         stack.enter_context(walk)
         for step in walk:
             mine = [i for source in dict.fromkeys(la.source for la in step.layers) for i in by_source.get(source, [])]
-            found = {index: folder.load(index) for index in mine}
-            received = walk.collect() if any(record is None for record in found.values()) else {}
-            for index in mine:
-                record, unit = found[index], units[index]
-                if record is None:
-                    cross = received[unit.group.layers[0].source]
-                    record, took = _solve_unit(
-                        job.config, job.method, unit, job.device, job.reader(unit.group)(), received=cross
-                    )
-                    folder.store(index, record)
-                    seconds[unit.group.name] = took
-                    progress.finish(index, record.row, took, resumed=False)
-                else:
-                    progress.finish(index, record.row, 0.0, resumed=True)
-                stored = unpack_group(record.spec, record.tensors)
-                for layer in unit.group.layers:
-                    walk.replace(layer.name, stored.to_dense(layer.name))
+            _solve_step(job, units, mine, folder, walk, progress, seconds)
+
+
+def _solve_step(
+    job: Job,
+    units: Sequence[Unit],
+    mine: Sequence[int],
+    folder: WorkFolder,
+    walk: SequentialWalk,
+    progress: _Progress,
+    seconds: dict[str, float],
+) -> None:
+    """Solve the units of one step of the walk, as far as they have no record, and replace their layers."""
+    found = {index: folder.load(index) for index in mine}
+    received = walk.collect() if any(record is None for record in found.values()) else {}
+    for index in mine:
+        record, unit = found[index], units[index]
+        if record is None:
+            cross = received[unit.group.layers[0].source]
+            record, took = _solve_unit(
+                job.config, job.method, unit, job.device, job.reader(unit.group)(), received=cross
+            )
+            folder.store(index, record)
+            seconds[unit.group.name] = took
+            progress.finish(index, record.row, took, resumed=False)
+        else:
+            progress.finish(index, record.row, 0.0, resumed=True)
+        stored = unpack_group(record.spec, record.tensors)
+        for layer in unit.group.layers:
+            walk.replace(layer.name, stored.to_dense(layer.name))
 
 
 def _solve_unit(
