@@ -31,7 +31,7 @@ from cospadi.planning import families_of
 from cospadi.profile import profile_group
 from cospadi.solvers.base import SOLVERS
 
-SHAPES = ((1024, 1024), (1024, 3072), (3072, 1024), (2048, 1536))
+SHAPES = ((1024, 1024), (1024, 3072), (3072, 1024), (2048, 1536), (768, 4224))
 WAYS = ("single-step", "htp", "output", "whole-numbers", "sparse", "quantized", "profile")
 
 

@@ -64,10 +64,10 @@ def torch_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}: expected auto, cpu or cuda[:index]") from error
+        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise UnavailableError(f"device {name!r} cannot be used: torch finds {found or 'no'} CUDA GPUs on this machine")
+        raise UnavailableError(f"device {name!r} cannot be used: torch finds {found} CUDA GPUs on this machine")
     return device
 
 
