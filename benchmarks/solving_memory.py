@@ -4,7 +4,8 @@
 
 Each way of storing is solved for random layers of several shapes, each in a process of its own, whose peak over what it
 had before is taken.  For each way the least factors are found that cover every shape: bytes = 8 (a d^2 + b d n + c m^2)
-for d inputs, n outputs and m the lesser.  ``cospadi/memory.py`` holds them, rounded.
+for d inputs, n outputs and m the lesser of them (n where the dictionary is on the side of the outputs).
+``cospadi/memory.py`` holds them, rounded.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from cospadi.factorize import Method, factorize_group
 from cospadi.groups import Group
 from cospadi.inputs import GroupInputs
 from cospadi.layers import Layer
+from cospadi.memory import solving_terms
 from cospadi.planning import families_of
 from cospadi.profile import profile_group
 from cospadi.solvers.base import SOLVERS
@@ -43,7 +45,7 @@ def main() -> None:
     rows = []
     for way in WAYS:
         own = [row(way, d, n, args.threads) for d, n in SHAPES]
-        rows.append({"way": way, "factors": covering(own), "rows": own})
+        rows.append({"way": way, "factors": covering(way, own), "rows": own})
         print(json.dumps(rows[-1]), flush=True)
     print(save_result(args.name, {"seed": 0, "threads": args.threads, "ways": rows}))
 
@@ -115,14 +117,9 @@ def choice(way: str, d: int, n: int) -> Choice:
     return Factors(k, k // 2)
 
 
-def covering(rows: list[dict[str, Any]]) -> list[float]:
+def covering(way: str, rows: list[dict[str, Any]]) -> list[float]:
     """Give the least factors, none negative, with which the formula gives no shape less than was measured."""
-    terms = np.array(
-        [
-            [r["in_features"] ** 2, r["in_features"] * r["out_features"], min(r["in_features"], r["out_features"]) ** 2]
-            for r in rows
-        ]
-    )
+    terms = np.array([solving_terms(way, r["in_features"], r["out_features"]) for r in rows])
     shares = 8 * terms / np.array([r["bytes"] for r in rows])[:, None]
     found = linprog(shares.sum(axis=0), A_ub=-shares, b_ub=-np.ones(len(rows)))
     return [float(factor) for factor in found.x]

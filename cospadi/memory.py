@@ -19,17 +19,17 @@ from cospadi.layers import ModelMap
 from cospadi.models import OpenModel
 
 _SOLVING = {
-    "single-step": (2.0, 1.9, 6.9),
-    "htp": (1.5, 4.4, 6.4),
-    "output": (0.9, 11.0, 3.5),
-    "whole-numbers": (3.0, 13.7, 6.2),
-    "sparse": (4.0, 6.1, 0.0),
-    "quantized": (2.6, 6.3, 0.3),
-    "profile": (3.2, 2.8, 9.5),
+    "single-step": (1.9, 2.5, 6.4),
+    "htp": (1.2, 5.6, 5.5),
+    "output": (0.0, 14.2, 1.0),
+    "whole-numbers": (3.1, 13.9, 5.9),
+    "sparse": (3.9, 6.3, 0.0),
+    "quantized": (1.8, 9.0, 0.0),
+    "profile": (2.8, 4.8, 7.6),
 }
-"""Copies in float64 of a group's Gram, of its weight, and of a square of the weight's lesser side that a way of storing
-takes at most at a time while it is solved, and so for the profile of all ways.  Measured, see
-benchmarks/solving_memory.py."""
+"""Copies in float64 of a group's Gram, of its weight, and of a square of the weight's lesser side (on the side of the
+outputs of that one) that a way of storing takes at most at a time while it is solved, and so for the profile of all
+ways.  Measured, see benchmarks/solving_memory.py."""
 BATCH = 2.0
 """Bytes that a batch's way through a block and back takes, over those of the inputs and outputs of its layers."""
 _LOGITS = 3.0
@@ -154,15 +154,22 @@ def _share_of_tokens(source: OpenModel, name: str) -> float:
 def solving_bytes(group: Group, config: CompressionConfig) -> int:
     """Give what profiling and solving a group takes at most, its weights and Grams included."""
     d, n = group.in_features, sum(group.out_features)
-    most = max(a * d * d + b * d * n + c * min(d, n) ** 2 for a, b, c in map(_SOLVING.__getitem__, _ways(config)))
+    most = max(
+        sum(a * b for a, b in zip(_SOLVING[w], solving_terms(w, d, n), strict=True)) for w in _ways(group, config)
+    )
     sources = len({layer.source for layer in group.layers})
     several = sources * d * d if sources > 1 else 0  # a Gram for each, and their mean
     joined = d * n / 2 if len(group.layers) > 1 else 0
     return int(8 * (most + several + joined))
 
 
-def _ways(config: CompressionConfig) -> list[str]:
-    """Name the ways of storing that the recipe may come to."""
+def solving_terms(way: str, d: int, n: int) -> tuple[int, int, int]:
+    """Give the sizes that the memory of a way of storing d inputs and n outputs is a sum of, see ``_SOLVING``."""
+    return d * d, d * n, (n if way == "output" else min(d, n)) ** 2
+
+
+def _ways(group: Group, config: CompressionConfig) -> list[str]:
+    """Name the ways of storing a group that the recipe may come to."""
     whole = config.value_dtype == "auto" or grid_of(config.value_dtype) is not None
     if config.allocation == "uniform":
         found = ["single-step"] if config.solver in ("single-step", "svd") else ["single-step", "htp"]
@@ -173,7 +180,9 @@ def _ways(config: CompressionConfig) -> list[str]:
     if config.storage != "quantized" and config.dictionary != "learned":
         found.append("sparse")
     if config.storage != "quantized" and config.dictionary != "identity":
-        found += ["single-step", "htp", *(["output"] if config.side != "input" else [])]
+        found += ["single-step", "htp"]
+        offered = len(group.layers) == 1 and group.in_features > sum(group.out_features)
+        found += ["output"] if config.side == "output" or (config.side == "auto" and offered) else []
         found += ["whole-numbers"] if whole else []
     return found
 
