@@ -10,6 +10,9 @@ from array_api_compat import device
 
 from cospadi.arrays import Array, eigh, library_of, namespace
 
+_COLUMNS = 1024
+"""Columns that are thresholded at a time."""
+
 
 def squared_columns(V: Array) -> Array:
     """Give the squared Euclidean norm of each column, shape (n_columns,)."""
@@ -42,8 +45,17 @@ def hard_threshold(V: Array, n_nonzero: int) -> Array:
         return V
     if n_nonzero == 0:
         return xp.zeros_like(V)
-    magnitudes = xp.abs(V)
-    place = n_rows - n_nonzero
+    if library_of(V) == "numpy":  # in pieces: what is computed on the way takes several times the memory of V
+        kept = np.empty_like(V)
+        for start in range(0, V.shape[1], _COLUMNS):
+            kept[:, start : start + _COLUMNS] = _threshold(V[:, start : start + _COLUMNS], n_nonzero)
+        return kept
+    return _threshold(V, n_nonzero)
+
+
+def _threshold(V: Array, n_nonzero: int) -> Array:
+    xp = namespace(V)
+    magnitudes, place = xp.abs(V), V.shape[0] - n_nonzero
     if library_of(V) == "numpy":
         rows = np.array(magnitudes.T, order="C")  # always a copy: it is partitioned in place
         rows.partition(place, axis=1)
@@ -158,12 +170,16 @@ def solve_atoms(gram: Array, right: Array, previous: Array) -> Array:
     energies = xp.linalg.diagonal(gram)
     used = energies > 0
     sizes = xp.sqrt(xp.where(used, energies, xp.ones_like(energies)))
-    gram = gram / (sizes[:, None] * sizes[None, :])
+    gram = gram / sizes[:, None]
+    gram /= sizes[None, :]
     # The diagonal is one, or zero for unused atoms, whose equations become x = 0.
-    identity = xp.eye(gram.shape[0], dtype=gram.dtype, device=device(gram))
-    ridge = xp.where(used, 0.0 * sizes, xp.ones_like(sizes)) + 64 * float(xp.finfo(gram.dtype).eps)
-    solved = xp.linalg.solve(gram + ridge * identity, right / sizes[:, None]) / sizes[:, None]
-    return xp.where(used[None, :], solved.T, previous)
+    ridge = xp.eye(gram.shape[0], dtype=gram.dtype, device=device(gram))
+    ridge *= xp.where(used, 0.0 * sizes, xp.ones_like(sizes)) + 64 * float(xp.finfo(gram.dtype).eps)
+    gram += ridge
+    del ridge
+    right = xp.linalg.solve(gram, right / sizes[:, None])
+    right /= sizes[:, None]
+    return xp.where(used[None, :], right.T, previous)
 
 
 def polar_factor(M: Array) -> Array:
