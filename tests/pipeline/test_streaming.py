@@ -1,5 +1,6 @@
 """Runs with one block in memory, with activations in files, and in several processes give the bytes of a plain one."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from cospadi.config import CalibrationConfig, CompressionConfig
 from cospadi.errors import UsageError
 from cospadi.events import Calibrated, Predicted
 from cospadi.execution import Execution
+from cospadi.measurements import Measurements
 from cospadi.memory import plan_memory
 from cospadi.pipeline import compress
 from tests.helpers import ARCHITECTURES, tiny_model, token_windows
@@ -228,3 +230,18 @@ def test_workers_need_a_folder(saved, tmp_path):
     with pytest.raises(UsageError, match="save it, and give its folder instead of an object"):
         run(model, tmp_path / "out", recipe(), Execution(workers=2))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("column_weights", [True, False])
+def test_sums_are_freed_before_the_next_are_stored(saved, tmp_path, monkeypatch, column_weights):
+    folder, _ = saved("llama")
+    stored, store = [], Measurements.store
+
+    def watch(self, statistics):
+        assert not [one() for one in stored if one() is not None]
+        stored.append(weakref.ref(statistics))
+        store(self, statistics)
+
+    monkeypatch.setattr(Measurements, "store", watch)
+    run(folder, tmp_path / "out", recipe(column_weights=column_weights), PLENTY)
+    assert len(stored) == 8  # four inputs in each of two blocks

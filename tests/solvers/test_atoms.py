@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cospadi.solvers.atoms import update_blocks_in_sequence, update_blocks_jointly
@@ -84,6 +84,7 @@ def test_joint_blocks_agree_between_libraries(library):
     scale=st.sampled_from([1e-15, 1.0, 1e12]),
     seed=st.integers(0, 99),
 )
+@example(d=12, n=2, k=13, part=1.0, block=2, sweeps=1, dtype=np.float32, scale=1e12, seed=0)
 def test_a_blocked_update_never_raises_the_error_and_keeps_the_support(
     update, d, n, k, part, block, sweeps, dtype, scale, seed
 ):

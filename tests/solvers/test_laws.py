@@ -58,6 +58,7 @@ def test_ksvd_on_cupy_agrees_with_numpy():
     dtype=st.sampled_from([np.float32, np.float64]),
 )
 @example(d=1, n=2, k=3, part=0.0, kind="full", dtype=np.float32)  # two more atoms than directions, none in use
+@example(d=12, n=5, k=18, part=0.5, kind="large", dtype=np.float64)  # atoms with next to nothing to code
 @pytest.mark.filterwarnings("error")
 def test_any_shape_gives_finite_arrays_of_the_right_shape_within_the_sparsity(name, d, n, k, part, kind, dtype):
     target = whitened_like(d, n, seed=d + 31 * n, dtype=dtype)
