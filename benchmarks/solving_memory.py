@@ -105,8 +105,7 @@ SOLVER: dict[str, tuple[str, dict[str, Any]]] = {"single-step": ("single-step", 
 
 
 def choice(way: str, d: int, n: int) -> Choice:
-    # As many as nine tenths of the bytes take, twice as many as non-zeros: of wide layers more than directions.
-    k = max(round(0.8 * min(d, n)), round(0.9 * d * n / (d + 0.56 * n)))
+    k = round(0.8 * min(d, n))
     if way == "quantized":
         return Quantized(("int4g64",))
     if way == "sparse":

@@ -85,7 +85,7 @@ class Predicted(Event):
 
 @dataclass(frozen=True)
 class Calibrated(Progress):
-    """So much of the calibration is done, counted in ``windows`` or ``blocks``."""
+    """So much of the calibration is done, counted in what ``of`` says: block passes, or parts."""
 
     event: ClassVar[str] = "calibrated"
     stage: ClassVar[str] = "calibrating"

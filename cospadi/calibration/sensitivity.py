@@ -19,7 +19,7 @@ from cospadi.layers import Layer, ModelMap
 
 _PER_HEAD, _PER_GRAM = 2.1, 0.6
 """Multiplications per token that take as long as the head and its loss, over its weights, and as one Gram, over its
-entries; measured."""
+entries; fitted to a run of SmolLM2, see benchmarks/progress.py."""
 _MAX_LOGITS = 1 << 25
 """Logits of one batch (128 MiB in float32); a larger batch is divided, which changes the result by rounding only."""
 
