@@ -25,11 +25,11 @@ from typing import Any
 import psutil
 from common import save_result
 
-from cospadi.config import CompressionConfig, read_recipe
-from cospadi.embedded import embedded_model
 from cospadi.events import Event, GroupFinished, Planned
-from cospadi.execution import Execution
-from cospadi.pipeline import compress
+from cospadi.models.embedded import embedded_model
+from cospadi.pipeline.stages import compress
+from cospadi.recipe.options import CompressionConfig, read_recipe
+from cospadi.recipe.resources import Execution
 
 WORKERS = 2
 GOAL = 1.10

@@ -93,7 +93,7 @@ def work(folder: Path, options: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    with atheris.instrument_imports(include=["cospadi.formats", "cospadi.factorization", "cospadi_cli"]):
+    with atheris.instrument_imports(include=["cospadi.formats", "cospadi.formats.factorization", "cospadi_cli"]):
         from tests.fuzz.targets import Reader, mutated
     reader = Reader(folder / "files")
 

@@ -28,11 +28,11 @@ from synthetic import llama_config, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cospadi.config import CompressionConfig
 from cospadi.events import Event, GroupFinished, Progress
-from cospadi.execution import Execution
-from cospadi.pipeline import compress
-from cospadi.work import WORK
+from cospadi.pipeline.stages import compress
+from cospadi.pipeline.work_folder import WORK
+from cospadi.recipe.options import CompressionConfig
+from cospadi.recipe.resources import Execution
 
 RECIPE: dict[str, Any] = {"ratio": 0.3, "storage": "factors", "solver": "htp", "solver_options": {"n_iter": 40}}
 CALIBRATION = {"samples": 16, "seq_len": 128, "batch_size": 2}
@@ -44,7 +44,7 @@ EXECUTIONS: dict[str, dict[str, Any]] = {
     "limited-workers": {"max_memory": 2 << 30, "workers": 2, "threads": 1},
 }
 SECOND_KILL = 0.25
-PRELOADED = ["cospadi.pipeline", "cospadi.execution", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["cospadi.pipeline.stages", "cospadi.recipe.resources", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass

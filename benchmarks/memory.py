@@ -22,13 +22,13 @@ import torch
 from common import save_result
 from transformers import AutoConfig
 
-from cospadi.layers import map_model
-from cospadi.models import model_class
+from cospadi.models.dense_model import model_class
+from cospadi.models.layers import map_model
 
 GOAL = 1.5
 EVERY = 0.05
 """Seconds between two looks.  The kernel keeps the main process's own peak; sums over processes can miss a spike."""
-IMPORTS = "import cospadi, cospadi.pipeline, cospadi_cli.main, transformers.models.llama.modeling_llama"
+IMPORTS = "import cospadi, cospadi.pipeline.stages, cospadi_cli.main, transformers.models.llama.modeling_llama"
 
 
 @dataclass

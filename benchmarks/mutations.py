@@ -108,8 +108,8 @@ class Original:
 
 def make_originals(folder: Path, checksums: bool) -> list[Original]:
     """Write small checkpoints of every way of storing, one of them by the whole pipeline."""
-    from cospadi.config import CompressionConfig
-    from cospadi.pipeline import compress
+    from cospadi.pipeline.stages import compress
+    from cospadi.recipe.options import CompressionConfig
 
     folders = []
     for architecture, format, value_dtype, shard_bytes in KINDS:

@@ -21,11 +21,11 @@ from common import RESULTS, save_result
 
 import cospadi
 from cospadi.calibration.data import EMBEDDED_EVALUATION, fingerprint, read_text, token_windows
-from cospadi.config import CompressionConfig
-from cospadi.embedded import embedded_model
 from cospadi.evaluation.perplexity import perplexity
-from cospadi.models import open_model
-from cospadi.pipeline import compress
+from cospadi.models.dense_model import open_model
+from cospadi.models.embedded import embedded_model
+from cospadi.pipeline.stages import compress
+from cospadi.recipe.options import CompressionConfig
 
 FACTORS = {"storage": "factors", "value_dtype": "bfloat16"}
 LEARNED = FACTORS | {"dictionary": "learned"}

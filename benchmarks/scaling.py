@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py
 
-Sizes come from the models' configs (no weights are made), memory from ``cospadi.memory``, work from ``cospadi.costs``,
+Sizes come from the models' configs (no weights are made), memory from ``cospadi.pipeline.memory_plan``, work from
+``cospadi.pipeline.workload``,
 in whose unit a solve takes as many seconds on one core of the machine where they were fitted.
 """
 
@@ -13,17 +14,17 @@ import torch
 import transformers as tf
 from common import save_result
 
-from cospadi import costs
-from cospadi.choices import Factors
-from cospadi.config import CompressionConfig
-from cospadi.experts import split_experts
-from cospadi.groups import form_groups
-from cospadi.layers import Layer, ModelMap, find_blocks, is_linear
-from cospadi.memory import plan_memory
-from cospadi.models import OpenModel
-from cospadi.planning import families_of
-from cospadi.preparation import choose_method
-from cospadi.weights import Weights
+from cospadi.allocation.assignment import families_of
+from cospadi.allocation.choices import Factors
+from cospadi.models.dense_model import OpenModel
+from cospadi.models.experts import split_experts
+from cospadi.models.groups import form_groups
+from cospadi.models.layers import Layer, ModelMap, find_blocks, is_linear
+from cospadi.models.weights import Weights
+from cospadi.pipeline import workload as costs
+from cospadi.pipeline.memory_plan import plan_memory
+from cospadi.pipeline.setup import choose_method
+from cospadi.recipe.options import CompressionConfig
 
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Layers of these architectures that receive what another one receives."""

@@ -14,14 +14,14 @@ import torch
 from common import save_result
 
 from cospadi.allocation.budget import Budget, GroupShape
-from cospadi.calibration.gradients import SourceStatistics
-from cospadi.embedded import embedded_model
+from cospadi.calibration.source_statistics import SourceStatistics
 from cospadi.formats.base import FORMATS
-from cospadi.layers import weight_matrix
-from cospadi.measurements import is_record, payloads
-from cospadi.models import open_model
+from cospadi.models.dense_model import open_model
+from cospadi.models.embedded import embedded_model
+from cospadi.models.layers import weight_matrix
+from cospadi.pipeline.statistics_store import is_record, payloads
 from cospadi.solvers.base import SOLVERS, Problem, relative_error
-from cospadi.whitening import whitening_from_gram
+from cospadi.whitening.square_root import whitening_from_gram
 
 LAYERS = {
     "model.layers.2.self_attn.q_proj": "model.layers.2.self_attn.q_proj",

@@ -5,7 +5,7 @@
 Each way of storing is solved for random layers of several shapes, each in a process of its own, whose peak over what it
 had before is taken.  For each way the least factors are found that cover every shape: bytes = 8 (a d^2 + b d n + c m^2)
 for d inputs, n outputs and m the lesser of them (n where the dictionary is on the side of the outputs).
-``cospadi/memory.py`` holds them, rounded.
+``cospadi/pipeline/memory_plan.py`` holds them, rounded.
 """
 
 import argparse
@@ -20,17 +20,17 @@ import torch
 from common import save_result
 from scipy.optimize import linprog
 
-from cospadi import heap
-from cospadi.calibration.gradients import SourceStatistics
-from cospadi.choices import Choice, Factors, Quantized
-from cospadi.config import CompressionConfig
-from cospadi.factorize import Method, factorize_group
-from cospadi.groups import Group
-from cospadi.inputs import GroupInputs
-from cospadi.layers import Layer
-from cospadi.memory import solving_terms
-from cospadi.planning import families_of
-from cospadi.profile import profile_group
+from cospadi.allocation.assignment import families_of
+from cospadi.allocation.choices import Choice, Factors, Quantized
+from cospadi.allocation.profile import profile_group
+from cospadi.calibration.source_statistics import SourceStatistics
+from cospadi.models import host_memory as heap
+from cospadi.models.groups import Group
+from cospadi.models.layers import Layer
+from cospadi.pipeline.approximate import Method, factorize_group
+from cospadi.pipeline.group_inputs import GroupInputs
+from cospadi.pipeline.memory_plan import solving_terms
+from cospadi.recipe.options import CompressionConfig
 from cospadi.solvers.base import SOLVERS
 
 SHAPES = ((1024, 1024), (1024, 3072), (3072, 1024), (2048, 1536), (768, 4224))

@@ -11,19 +11,19 @@ from cospadi.integrations.autoload import install_hook
 
 if TYPE_CHECKING:
     from cospadi.backends.base import BACKENDS, Backend
-    from cospadi.config import CalibrationConfig, CompressionConfig
-    from cospadi.embedded import embedded_model
     from cospadi.errors import CospadiError, UsageError
     from cospadi.formats.base import FORMATS, Format
-    from cospadi.loading import decompress, load
-    from cospadi.pipeline import collect_grams, compress
+    from cospadi.integrations.compressed_model import decompress, load
+    from cospadi.models.embedded import embedded_model
+    from cospadi.pipeline.stages import collect_grams, compress
+    from cospadi.recipe.options import CalibrationConfig, CompressionConfig
     from cospadi.solvers.base import SOLVERS, Problem, Solution, Solver
 
 _PUBLIC = {
     "BACKENDS": "backends.base",
     "Backend": "backends.base",
-    "CalibrationConfig": "config",
-    "CompressionConfig": "config",
+    "CalibrationConfig": "recipe.options",
+    "CompressionConfig": "recipe.options",
     "CospadiError": "errors",
     "FORMATS": "formats.base",
     "Format": "formats.base",
@@ -32,11 +32,11 @@ _PUBLIC = {
     "Solution": "solvers.base",
     "Solver": "solvers.base",
     "UsageError": "errors",
-    "collect_grams": "pipeline",
-    "compress": "pipeline",
-    "decompress": "loading",
-    "embedded_model": "embedded",
-    "load": "loading",
+    "collect_grams": "pipeline.stages",
+    "compress": "pipeline.stages",
+    "decompress": "integrations.compressed_model",
+    "embedded_model": "models.embedded",
+    "load": "integrations.compressed_model",
 }
 
 __all__ = [

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cospadi.experts import split_experts
-from cospadi.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.checkpoint import CheckpointConfig, ShardWriter
+from cospadi.formats.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.packing import pack_group, unpack_group
-from cospadi.layers import map_model
+from cospadi.models.experts import split_experts
+from cospadi.models.layers import map_model
 
 from .helpers import tiny_model, token_windows
 

@@ -85,7 +85,7 @@ def bench(ctx: click.Context, model: str | None, out: str | None, as_json: bool,
     _check_options(model, given)
     for option, path in (("--out", out), ("--plot", given["plot"])):
         _check_writable(option, path)
-    from cospadi.report import machine, versions
+    from cospadi.reporting.report import machine, versions
 
     if given["plot"]:
         from cospadi.evaluation.speed.roofline import plot, require_matplotlib
@@ -115,8 +115,8 @@ def bench(ctx: click.Context, model: str | None, out: str | None, as_json: bool,
 
 
 def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    from cospadi.evaluation.speed.kernels import Settings, measure_kernels
     from cospadi.evaluation.speed.problems import SHAPES
+    from cospadi.evaluation.speed.single_layers import Settings, measure_kernels
 
     named = given["shapes"] or (None if given["shape"] else "standard")
     sets = SHAPES if named == "all" else [named] if named else []
@@ -135,7 +135,7 @@ def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> dict[
 
 
 def _measure_model(model: str, given: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    from cospadi.evaluation.speed.endtoend import Settings, measure_model
+    from cospadi.evaluation.speed.whole_models import Settings, measure_model
 
     settings = Settings(
         model=model,

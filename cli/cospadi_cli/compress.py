@@ -8,16 +8,16 @@ import click
 
 from cospadi.errors import CospadiError, UsageError
 from cospadi.events import Evaluated, Listener, Stopped
-from cospadi.execution import Execution
+from cospadi.recipe.resources import Execution
 from cospadi_cli import render
 from cospadi_cli.options import execution_from, execution_options, recipe_from, recipe_options
 from cospadi_cli.progress import progress
 from cospadi_cli.stopping import Terminated, stoppable
 
 if TYPE_CHECKING:
-    from cospadi.config import CompressionConfig
     from cospadi.evaluation.comparison import Protocol
-    from cospadi.report import Report
+    from cospadi.recipe.options import CompressionConfig
+    from cospadi.reporting.report import Report
 
 PROMPT = "The President of the United States said that"
 
@@ -135,7 +135,7 @@ def execute(run: Run) -> None:
     Raises
     ------
     CospadiError
-        As of ``cospadi.pipeline.compress``.
+        As of ``cospadi.pipeline.stages.compress``.
     """
     if run.as_json and run.events == "-":
         raise UsageError("--json and --events - both want standard output: write the events to a file")
@@ -158,10 +158,10 @@ def execute(run: Run) -> None:
 
 def _work(run: Run) -> "Report":
     from cospadi.calibration.data import EMBEDDED_EVALUATION, open_text
-    from cospadi.pipeline import compress as compress_model
-    from cospadi.preparation import choose_method
-    from cospadi.report import write_report
-    from cospadi.work import check_output
+    from cospadi.pipeline.setup import choose_method
+    from cospadi.pipeline.stages import compress as compress_model
+    from cospadi.pipeline.work_folder import check_output
+    from cospadi.reporting.report import write_report
     from cospadi_cli import measuring
 
     choose_method(run.config)
@@ -201,7 +201,7 @@ def _work(run: Run) -> "Report":
 def _evaluate(run: Run, model: str, protocol: "Protocol", tell: Listener) -> dict[str, Any]:
     """Measure the dense and the compressed model."""
     from cospadi.evaluation.comparison import compare
-    from cospadi.evaluation.folder import measure_folders
+    from cospadi.evaluation.model_folders import measure_folders
 
     def progress(done: float, total: int) -> None:
         tell(Evaluated(int(done), total, work_done=done))
@@ -213,7 +213,7 @@ def _evaluate(run: Run, model: str, protocol: "Protocol", tell: Listener) -> dic
 
 def _again(run: Run) -> str | None:
     """Give the command that goes on; None where nothing was begun or all is finished."""
-    from cospadi.work import WORK
+    from cospadi.pipeline.work_folder import WORK
 
     if not (run.out / WORK).is_dir():
         return None
@@ -221,7 +221,7 @@ def _again(run: Run) -> str | None:
 
 
 def _embedded(quiet: bool) -> str:
-    from cospadi.embedded import embedded_model
+    from cospadi.models.embedded import embedded_model
 
     with render.working("preparing the embedded model", quiet):
         return str(embedded_model())

@@ -35,10 +35,10 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         The folder is no compressed checkpoint.
     """
     from cospadi.errors import CheckpointError
+    from cospadi.files.untrusted import read_json
     from cospadi.formats.checksums import check_checksums
-    from cospadi.formats.folder import read_json
     from cospadi.formats.verify import read_config
-    from cospadi.loading import require_checkpoint
+    from cospadi.integrations.compressed_model import require_checkpoint
 
     require_checkpoint(path)
     check_checksums(path, ["config.json"])

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cospadi.evaluation.choices import Question
     from cospadi.evaluation.comparison import Protocol
+    from cospadi.evaluation.multiple_choice import Question
 
 
 def check_backend(name: str) -> None:
@@ -43,9 +43,9 @@ def protocol(
     """
     from cospadi.calibration.data import token_windows
     from cospadi.errors import UsageError
-    from cospadi.evaluation.budget import batch_size
+    from cospadi.evaluation.activation_budget import batch_size
     from cospadi.evaluation.comparison import Protocol
-    from cospadi.models import model_class, read_config, read_tokenizer
+    from cospadi.models.dense_model import model_class, read_config, read_tokenizer
 
     config = read_config(model)
     if not model_class(config).can_generate():

@@ -9,9 +9,9 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cospadi.config import CompressionConfig, read_recipe
 from cospadi.errors import UsageError
-from cospadi.execution import Execution, parse_size
+from cospadi.recipe.options import CompressionConfig, read_recipe
+from cospadi.recipe.resources import Execution, parse_size
 from cospadi.registry import Registry
 
 _FLAGS = {

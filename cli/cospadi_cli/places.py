@@ -32,7 +32,7 @@ def torch_device(name: str) -> "torch.device":
         There is no such device here.
     """
     from cospadi.errors import UsageError
-    from cospadi.preparation import torch_device as known_device
+    from cospadi.pipeline.setup import torch_device as known_device
 
     device = known_device(name)
     if device.type not in ("cpu", "cuda"):

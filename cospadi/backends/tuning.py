@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from cospadi.embedded import cache_folder
 from cospadi.errors import UsageError
+from cospadi.models.embedded import cache_folder
 
 OPTIONS = {"cpu": ("max_tokens",), "cuda": ("project_tokens", "combine_tokens")}
 """The options of each backend that are measured: numbers of tokens."""

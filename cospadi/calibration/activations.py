@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cospadi.durable import storing
+from cospadi.files.durable import storing
 
 
 class Held:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cospadi.calibration.statistics import Gram
+from cospadi.calibration.gram import Gram
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cospadi.calibration.activations import ActivationCache
-from cospadi.calibration.gradient_passes import GradientPasses
-from cospadi.calibration.gradients import SourceStatistics
+from cospadi.calibration.backward import GradientPasses
 from cospadi.calibration.labels import Labels, choose_labels, model_output
+from cospadi.calibration.source_statistics import SourceStatistics
 from cospadi.errors import NumericalError, UsageError
-from cospadi.layers import Layer, ModelMap
+from cospadi.models.layers import Layer, ModelMap
 
 _PER_HEAD, _PER_GRAM = 2.1, 0.6
 """Multiplications per token that take as long as the head and its loss, over its weights, and as one Gram, over its

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from cospadi.calibration.activations import ActivationCache
-from cospadi.calibration.cross import CrossGram
-from cospadi.calibration.passes import BlockPasses
-from cospadi.calibration.stages import find_stages
-from cospadi.layers import Layer, ModelMap, weight_matrix
+from cospadi.calibration.cross_gram import CrossGram
+from cospadi.calibration.halting import BlockPasses
+from cospadi.calibration.layer_order import find_stages
+from cospadi.models.layers import Layer, ModelMap, weight_matrix
 
 ROUTED = "other tokens reach the layer than in the dense model: its own weight is the target"
 UNWEIGHTED = "token weights are not applied to a layer that receives a part of the tokens"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cospadi.evaluation.choices import Question
+from cospadi.evaluation.multiple_choice import Question
 from cospadi.evaluation.perplexity import DEFINITION
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cospadi.errors import CheckpointError, UsageError
-from cospadi.factorization import GroupSpec
 from cospadi.formats.base import FORMATS
 from cospadi.formats.dictionary import dictionary_layout
+from cospadi.formats.factorization import GroupSpec
 from cospadi.formats.packing import require_held, require_sharing
 
 FORMAT_VERSION = 1

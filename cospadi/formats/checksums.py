@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cospadi.durable import checksum, write_durably
 from cospadi.errors import CheckpointError
-from cospadi.formats.folder import file_in, shown
+from cospadi.files.durable import checksum, write_durably
+from cospadi.files.untrusted import file_in, shown
 
 CHECKSUMS = "SHA256SUMS"
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cospadi.errors import CheckpointError
+from cospadi.files.untrusted import file_in, parse_object, read_json, shown
 from cospadi.formats.checkpoint import INDEX, SINGLE
-from cospadi.formats.folder import file_in, parse_object, read_json, shown
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_NAME = 1024

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence, Sized
 from torch import Tensor
 
 from cospadi.errors import CheckpointError, NumericalError, UsageError
-from cospadi.factorization import GroupSpec, MemberSpec, Side, SparseFactorization
 from cospadi.formats.base import FORMATS, Format, PackedCoefficients, PackedDictionary
 from cospadi.formats.dictionary import (
     dictionary_bits,
@@ -16,6 +15,7 @@ from cospadi.formats.dictionary import (
     packed_dictionary,
     unpack_dictionary,
 )
+from cospadi.formats.factorization import GroupSpec, MemberSpec, Side, SparseFactorization
 from cospadi.formats.quantization import grid_of
 from cospadi.formats.values import expect
 

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cospadi.errors import CheckpointError
+from cospadi.files.untrusted import one_line, read_json
 from cospadi.formats.base import FORMATS
 from cospadi.formats.checkpoint import CheckpointConfig, expected_tensors
 from cospadi.formats.checksums import check_checksums
-from cospadi.formats.folder import one_line, read_json
 from cospadi.formats.headers import StoredTensor, read_headers
 from cospadi.formats.packing import check_count, packed_member, packed_owner
 

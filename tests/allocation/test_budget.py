@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from cospadi.allocation.budget import Budget, GroupShape
 from cospadi.allocation.uniform import Uniform
-from cospadi.factorization import SparseFactorization
 from cospadi.formats.base import FORMATS
+from cospadi.formats.factorization import SparseFactorization
 from cospadi.formats.packing import pack_group
 
 sides = st.integers(8, 600)

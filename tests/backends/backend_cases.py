@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from cospadi.backends.base import BACKENDS, Placement
-from cospadi.factorization import SparseFactorization
+from cospadi.backends.sparse_linear import build_group
 from cospadi.formats.base import FORMATS, VALUE_BITS
 from cospadi.formats.dictionary import dictionary_dtype_of, pack_dictionary, unpack_dictionary
+from cospadi.formats.factorization import SparseFactorization
 from cospadi.formats.packing import pack_group
-from cospadi.modules import build_group
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.backends.base import BACKENDS, Placement
+from cospadi.backends.sparse_linear import build_group
 from cospadi.errors import UsageError
-from cospadi.factorization import SparseFactorization
 from cospadi.formats.base import FORMATS
 from cospadi.formats.dictionary import DICTIONARY_DTYPES
+from cospadi.formats.factorization import SparseFactorization
 from cospadi.formats.packing import pack_group, unpack_group
-from cospadi.modules import build_group
 from tests.backends.backend_cases import (
     BACKEND_CASES,
     FORMAT_NAMES,

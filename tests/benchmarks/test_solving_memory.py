@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from solving_memory import covering
 
-from cospadi import memory
+from cospadi.pipeline import memory_plan as memory
 
-WAYS = json.loads((Path(memory.__file__).parents[1] / "benchmarks/results/solving-memory.json").read_text())["ways"]
+WAYS = json.loads((Path(memory.__file__).parents[2] / "benchmarks/results/solving-memory.json").read_text())["ways"]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way["way"])

@@ -3,7 +3,7 @@ import torch
 
 from cospadi.calibration.collectors import GramCollector
 from cospadi.calibration.lockstep import Lockstep, forward_call
-from cospadi.layers import map_model
+from cospadi.models.layers import map_model
 from tests.helpers import ARCHITECTURES, outputs, tiny_model, token_windows
 
 CPU = torch.device("cpu")

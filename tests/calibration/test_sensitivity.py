@@ -11,8 +11,8 @@ from cospadi.calibration.collectors import GramCollector
 from cospadi.calibration.lockstep import forward_call
 from cospadi.calibration.sensitivity import collect_statistics, frozen
 from cospadi.errors import NumericalError, UsageError
-from cospadi.experts import split_experts
-from cospadi.layers import map_model
+from cospadi.models.experts import split_experts
+from cospadi.models.layers import map_model
 from tests.helpers import tiny_model, token_windows
 
 CPU = torch.device("cpu")

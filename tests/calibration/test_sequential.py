@@ -7,10 +7,10 @@ import torch
 from cospadi.calibration.lockstep import forward_call
 from cospadi.calibration.sequential import ROUTED, UNWEIGHTED, SequentialWalk
 from cospadi.errors import NumericalError
-from cospadi.experts import split_experts
-from cospadi.layers import map_model, weight_matrix
-from cospadi.pipeline import collect_grams
-from cospadi.whitening import corrected_weight, sequential_errors, whitening_from_gram
+from cospadi.models.experts import split_experts
+from cospadi.models.layers import map_model, weight_matrix
+from cospadi.pipeline.stages import collect_grams
+from cospadi.whitening.square_root import corrected_weight, sequential_errors, whitening_from_gram
 from tests.helpers import outputs, tiny_model, token_windows
 
 from .toys import InPlace, Plain, Routed, Toy

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cospadi.lock import Lock
-from cospadi.work import WORK
+from cospadi.files.lock import Lock
+from cospadi.pipeline.work_folder import WORK
 from tests.cli.conftest import compress_command, error_line
 
 

@@ -11,7 +11,8 @@ from cospadi_cli.tune import tune
 from cospadi.backends import tuning
 from cospadi.backends.base import BACKENDS
 from cospadi.backends.cpu import backend as cpu_backend
-from cospadi.evaluation.speed import contenders, crossover, kernels
+from cospadi.evaluation.speed import contenders, crossover
+from cospadi.evaluation.speed import single_layers as kernels
 from tests.cli.conftest import error_line
 
 TINY = ["--shape", "64,48", "--tokens", "1,4", "--repeats", 2, "--dtype", "float32", "--backend", "torch"]

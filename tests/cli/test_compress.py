@@ -36,7 +36,7 @@ def test_the_evaluation_is_that_of_the_model_that_was_written(compressed):
     import cospadi
     from cospadi.calibration.data import EMBEDDED_EVALUATION, token_windows
     from cospadi.evaluation.perplexity import perplexity
-    from cospadi.models import read_tokenizer
+    from cospadi.models.dense_model import read_tokenizer
 
     windows = token_windows(read_tokenizer(compressed), read_text(None, EMBEDDED_EVALUATION), 32, 2)
     measured = perplexity(cospadi.load(compressed, dtype=torch.float32), windows)
@@ -141,7 +141,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(run, tiny_model, compr
 def test_an_encoder_is_compressed_without_perplexity(run, tiny_model, home):
     import transformers as tf
 
-    from cospadi.models import read_tokenizer
+    from cospadi.models.dense_model import read_tokenizer
 
     torch.manual_seed(0)
     config = tf.BertConfig(

@@ -44,8 +44,8 @@ def test_mistakes_give_one_line(run, arguments, words):
 
 
 def test_cupy_without_a_gpu_is_refused_before_anything_is_loaded(run, monkeypatch, home):
-    from cospadi import embedded
     from cospadi.arrays import cuda_availability, cupy_availability
+    from cospadi.models import embedded
 
     if cupy_availability() and cuda_availability():
         pytest.skip("this machine can run cupy and CUDA")

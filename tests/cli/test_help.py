@@ -7,7 +7,7 @@ import pytest
 from cospadi_cli.main import main
 from cospadi_cli.options import describe
 
-from cospadi.config import CalibrationConfig, CompressionConfig
+from cospadi.recipe.options import CalibrationConfig, CompressionConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -10,7 +10,7 @@ from cospadi_cli.progress import Display, Lines, describe_event, duration, progr
 from rich.console import Console
 
 from cospadi import events
-from cospadi.execution import Execution
+from cospadi.recipe.resources import Execution
 from tests.cli.conftest import compress_command, error_line
 from tests.test_events import SAMPLES
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cospadi.calibration.gradients import SourceStatistics
-from cospadi.config import CompressionConfig
-from cospadi.durable import mark_of, seal
-from cospadi.factorization import SparseFactorization
+from cospadi.calibration.source_statistics import SourceStatistics
+from cospadi.files.durable import mark_of, seal
 from cospadi.formats.checkpoint import QUANT_METHOD
+from cospadi.formats.factorization import SparseFactorization
 from cospadi.formats.packing import pack_group
-from cospadi.measurements import Measurements, payloads
-from cospadi.work import WORK, GroupRecord, WorkFolder
+from cospadi.pipeline.statistics_store import Measurements, payloads
+from cospadi.pipeline.work_folder import WORK, GroupRecord, WorkFolder
+from cospadi.recipe.options import CompressionConfig
 from tests.cli.conftest import error_line
 
 RECIPE = json.dumps(CompressionConfig(ratio=0.35, solver="htp").to_dict())

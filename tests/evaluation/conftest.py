@@ -4,7 +4,8 @@ import pytest
 
 from cospadi.backends.base import BACKENDS
 from cospadi.backends.cpu import backend as cpu_backend
-from cospadi.evaluation.speed import contenders, crossover, kernels
+from cospadi.evaluation.speed import contenders, crossover
+from cospadi.evaluation.speed import single_layers as kernels
 
 
 class World:

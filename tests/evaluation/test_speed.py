@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.errors import UsageError
-from cospadi.evaluation.speed import contenders, machine, memory
+from cospadi.evaluation.speed import contenders, machine
+from cospadi.evaluation.speed import kept_bytes as memory
 from cospadi.evaluation.speed.problems import SHAPES, dense_bytes, layer_size, random_inputs, random_layer
 from cospadi.evaluation.speed.timing import Rotation, median_ratio, spread, take_turns
 from cospadi.formats.base import FORMATS

@@ -7,7 +7,8 @@ import torch
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.errors import NumericalError, UnavailableError, UsageError
-from cospadi.evaluation.speed import contenders, kernels, roofline
+from cospadi.evaluation.speed import contenders, roofline
+from cospadi.evaluation.speed import single_layers as kernels
 from cospadi.evaluation.speed.dispatch import dispatch, sparse_linear
 from cospadi.evaluation.speed.problems import layer_size, random_inputs, random_layer
 
@@ -126,7 +127,7 @@ def test_a_backend_that_was_asked_for_must_run(world, small):
 
 
 def test_the_call_of_a_whole_layer_is_measured_beside_its_product(world, monkeypatch):
-    from cospadi.modules import SparseLinear
+    from cospadi.backends.sparse_linear import SparseLinear
 
     forward = SparseLinear.forward
 

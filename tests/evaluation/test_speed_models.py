@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cospadi.errors import UsageError
-from cospadi.evaluation.speed import endtoend
+from cospadi.evaluation.speed import whole_models as endtoend
 from tests.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def test_another_dense_model_can_be_the_baseline(checkpoint, tmp_path):
 
 def test_the_memory_of_a_model_is_that_of_a_process(checkpoint):
     from cospadi.evaluation.speed.loaded import Loaded
-    from cospadi.evaluation.speed.process_memory import peak_in_a_process
+    from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 
     found = peak_in_a_process(Loaded(str(checkpoint.folder), "reference", "cpu", "float32"), 8, 2)
     assert 0 < found["before_bytes"] <= found["loaded_bytes"] <= found["peak_bytes"] < 1 << 36
@@ -100,7 +100,7 @@ def test_the_memory_of_a_model_is_that_of_a_process(checkpoint):
 def test_what_keeps_a_process_from_loading_is_said(tmp_path):
     from cospadi.errors import CospadiError
     from cospadi.evaluation.speed.loaded import Loaded
-    from cospadi.evaluation.speed.process_memory import peak_in_a_process
+    from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 
     with pytest.raises(CospadiError, match=r"cannot be measured: .*no such folder"):
         peak_in_a_process(Loaded(str(tmp_path / "absent"), "reference", "cpu", "float32"), 8, 2)

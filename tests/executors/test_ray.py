@@ -219,7 +219,7 @@ def test_a_cluster_out_of_reach(address, monkeypatch):
 
 def test_every_error_of_cospadi_survives_the_way_back():
     import cospadi.backends.cuda.nvrtc
-    import cospadi.solving
+    import cospadi.pipeline.solve_groups
 
     kinds, new = set(), {CospadiError}
     while new:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import CheckpointError
+from cospadi.files.untrusted import shown
 from cospadi.formats.checkpoint import INDEX
 from cospadi.formats.checksums import CHECKSUMS, check_checksums, decides, write_checksums
-from cospadi.formats.folder import shown
 from cospadi.formats.verify import verify_checkpoint
 
 from ..fuzz.seeds import small_checkpoint

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cospadi.errors import CheckpointError, UsageError
-from cospadi.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.base import FORMATS, PackedCoefficients
 from cospadi.formats.checkpoint import CheckpointConfig, ShardWriter
 from cospadi.formats.dictionary import DICTIONARY_DTYPES, dictionary_bits, pack_dictionary, unpack_dictionary
+from cospadi.formats.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.packing import group_bits, pack_group, unpack_group
 from cospadi.formats.quantization import dequantize, grid_of, representable_scales, scale_shape
 from cospadi.formats.verify import verify_checkpoint

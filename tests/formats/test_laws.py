@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import CheckpointError, NumericalError, UsageError
-from cospadi.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.base import FORMATS, PackedCoefficients
 from cospadi.formats.bitmask import count_bits, pack_bits, unpack_bits
 from cospadi.formats.dictionary import DICTIONARY_DTYPES, dictionary_dtype_of, dictionary_layout
+from cospadi.formats.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.packing import group_bits, pack_group, unpack_group
 from cospadi.formats.quantization import dequantize, grid_of, representable_scales, scale_shape
 from cospadi.formats.values import HOLDING_DTYPES

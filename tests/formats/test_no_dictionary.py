@@ -12,9 +12,8 @@ from torch import nn
 
 import cospadi
 from cospadi.backends.base import BACKENDS
-from cospadi.config import CalibrationConfig, CompressionConfig
+from cospadi.backends.sparse_linear import build_group
 from cospadi.errors import CheckpointError, UsageError
-from cospadi.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.base import FORMATS
 from cospadi.formats.checkpoint import CheckpointConfig, ShardWriter
 from cospadi.formats.dictionary import (
@@ -28,10 +27,11 @@ from cospadi.formats.dictionary import (
     packed_dictionary,
     unpack_dictionary,
 )
+from cospadi.formats.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.packing import group_bits, pack_group, unpack_group
 from cospadi.formats.verify import verify_checkpoint
-from cospadi.modules import build_group
-from cospadi.pipeline import compress
+from cospadi.pipeline.stages import compress
+from cospadi.recipe.options import CalibrationConfig, CompressionConfig
 from tests.backends.backend_cases import DTYPES, STORED, check_product, poisoned_memory
 from tests.helpers import outputs, tiny_model, token_windows
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import CheckpointError, UsageError
-from cospadi.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.base import FORMATS
 from cospadi.formats.checkpoint import CheckpointConfig, ShardWriter, expected_tensors
 from cospadi.formats.dictionary import DICTIONARY_DTYPES
+from cospadi.formats.factorization import GroupSpec, SparseFactorization
 from cospadi.formats.packing import group_bits, pack_group, unpack_group
 from cospadi.formats.quantization import dequantize, grid_of, representable_scales, scale_shape
 from cospadi.formats.verify import verify_checkpoint

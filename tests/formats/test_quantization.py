@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import CheckpointError, NumericalError
-from cospadi.factorization import SparseFactorization
 from cospadi.formats.dictionary import (
     DICTIONARY_DTYPES,
     dictionary_bits,
@@ -14,6 +13,7 @@ from cospadi.formats.dictionary import (
     packed_dictionary,
     unpack_dictionary,
 )
+from cospadi.formats.factorization import SparseFactorization
 from cospadi.formats.packing import pack_group, unpack_group
 from cospadi.formats.quantization import (
     GRIDS,

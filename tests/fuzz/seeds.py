@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from cospadi_cli.inspect import inspect_checkpoint
 
-from cospadi.factorization import SparseFactorization
 from cospadi.formats.base import FORMATS
 from cospadi.formats.checkpoint import CheckpointConfig, ShardWriter
 from cospadi.formats.checksums import write_checksums
 from cospadi.formats.dictionary import DICTIONARY_DTYPES
+from cospadi.formats.factorization import SparseFactorization
 from cospadi.formats.packing import pack_group
 
 from ..checkpoints import random_group, random_output_group

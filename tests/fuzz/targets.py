@@ -19,7 +19,6 @@ import torch
 from cospadi_cli.inspect import inspect_checkpoint
 
 from cospadi.errors import CheckpointError
-from cospadi.factorization import GroupSpec, MemberSpec
 from cospadi.formats.base import FORMATS, PackedCoefficients
 from cospadi.formats.checkpoint import INDEX, SINGLE, CheckpointConfig
 from cospadi.formats.checksums import CHECKSUMS, check_checksums
@@ -30,6 +29,7 @@ from cospadi.formats.dictionary import (
     packed_dictionary,
     unpack_dictionary,
 )
+from cospadi.formats.factorization import GroupSpec, MemberSpec
 from cospadi.formats.headers import read_header, read_headers
 from cospadi.formats.packing import unpack_group
 from cospadi.formats.verify import read_config, read_tensors, verify_checkpoint

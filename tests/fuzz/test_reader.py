@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import CheckpointError
+from cospadi.files.untrusted import one_line, parse_object, shown
 from cospadi.formats.checkpoint import INDEX, SINGLE
-from cospadi.formats.folder import one_line, parse_object, shown
 from cospadi.formats.headers import read_header, read_headers
 from cospadi.formats.packing import unpack_group
 from cospadi.formats.verify import read_config, read_tensors, verify_checkpoint

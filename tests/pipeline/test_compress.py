@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import cospadi
-from cospadi.config import CalibrationConfig, CompressionConfig
 from cospadi.errors import NumericalError, UsageError
 from cospadi.events import Calibrated, GroupFinished
-from cospadi.experts import split_experts
-from cospadi.layers import weight_matrix
-from cospadi.pipeline import compress
+from cospadi.models.experts import split_experts
+from cospadi.models.layers import weight_matrix
+from cospadi.pipeline.stages import compress
+from cospadi.recipe.options import CalibrationConfig, CompressionConfig
 from tests.helpers import ARCHITECTURES, outputs, tiny_model, token_windows
 
 

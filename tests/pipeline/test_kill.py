@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cospadi.pipeline import compress
+from cospadi.pipeline.stages import compress
 from tests.helpers import tiny_model, token_windows
 from tests.pipeline.test_compress import digests, recipe
 

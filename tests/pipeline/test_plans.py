@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import cospadi
-from cospadi.calibration.gradients import SourceStatistics
-from cospadi.config import CalibrationConfig, CompressionConfig
+from cospadi.calibration.source_statistics import SourceStatistics
 from cospadi.errors import UsageError
 from cospadi.events import Calibrated, GroupFinished, Planned, Profiled
-from cospadi.experts import split_experts
 from cospadi.formats.verify import verify_checkpoint
-from cospadi.layers import weight_matrix
-from cospadi.pipeline import compress
+from cospadi.models.experts import split_experts
+from cospadi.models.layers import weight_matrix
+from cospadi.pipeline.stages import compress
+from cospadi.recipe.options import CalibrationConfig, CompressionConfig
 from tests.helpers import outputs, tiny_model, token_windows
 from tests.pipeline.test_compress import digests
 

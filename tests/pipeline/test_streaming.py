@@ -7,15 +7,15 @@ import pytest
 import torch
 import transformers as tf
 
-from cospadi import pipeline
 from cospadi.calibration.activations import ActivationCache
-from cospadi.config import CalibrationConfig, CompressionConfig
 from cospadi.errors import UsageError
 from cospadi.events import Calibrated, Predicted
-from cospadi.execution import Execution
-from cospadi.measurements import Measurements
-from cospadi.memory import plan_memory
-from cospadi.pipeline import compress
+from cospadi.pipeline import stages as pipeline
+from cospadi.pipeline.memory_plan import plan_memory
+from cospadi.pipeline.stages import compress
+from cospadi.pipeline.statistics_store import Measurements
+from cospadi.recipe.options import CalibrationConfig, CompressionConfig
+from cospadi.recipe.resources import Execution
 from tests.helpers import ARCHITECTURES, tiny_model, token_windows
 from tests.pipeline.test_compress import digests
 
@@ -139,7 +139,7 @@ def test_the_least_limit_is_enough_and_is_told(saved, tmp_path, monkeypatch, spi
     """With nothing else in the process; as many windows as take more memory than the largest group."""
     folder, _ = saved("llama")
     config, windows, given = recipe(column_weights=True), token_windows(40, 24), []
-    monkeypatch.setattr("cospadi.memory.resident_bytes", lambda: 0)
+    monkeypatch.setattr("cospadi.pipeline.memory_plan.resident_bytes", lambda: 0)
     monkeypatch.setattr(pipeline, "plan_memory", lambda *args: given.append(args) or plan_memory(*args))
 
     def accepts(limit):

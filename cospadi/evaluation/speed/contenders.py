@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cospadi.backends.base import BACKENDS, Backend, Placement
-from cospadi.evaluation.speed.memory import extra_bytes
+from cospadi.evaluation.speed.kept_bytes import extra_bytes
 from cospadi.evaluation.speed.problems import Layer
 from cospadi.evaluation.speed.timing import Call, Rotation
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from cospadi.backends.base import BACKENDS, Placement
+from cospadi.backends.sparse_linear import SparseLinear, build_group
 from cospadi.evaluation.speed.problems import FORMAT, Layer, LayerSize, random_inputs, random_layer
 from cospadi.evaluation.speed.timing import Clock, Rotation, clock_of, take_turns
-from cospadi.factorization import GroupSpec, MemberSpec
 from cospadi.formats.dictionary import dictionary_dtype_of, dictionary_tensors
-from cospadi.modules import SparseLinear, build_group
+from cospadi.formats.factorization import GroupSpec, MemberSpec
 
 _CALLS = 200
 """Calls of a turn; one alone takes less than a clock can tell."""

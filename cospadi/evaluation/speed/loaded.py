@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from cospadi.backends.sparse_linear import restore_dense
 from cospadi.errors import UsageError
 from cospadi.formats.checkpoint import QUANT_METHOD
-from cospadi.loading import load
-from cospadi.models import model_class, read_config
-from cospadi.modules import restore_dense
+from cospadi.integrations.compressed_model import load
+from cospadi.models.dense_model import model_class, read_config
 
 DENSE = "dense"
 

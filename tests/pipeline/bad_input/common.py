@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from cospadi.config import CalibrationConfig, CompressionConfig
 from cospadi.errors import CospadiError
-from cospadi.execution import Execution
-from cospadi.pipeline import compress
-from cospadi.work import WORK
+from cospadi.pipeline.stages import compress
+from cospadi.pipeline.work_folder import WORK
+from cospadi.recipe.options import CalibrationConfig, CompressionConfig
+from cospadi.recipe.resources import Execution
 from tests import helpers
 from tests.helpers import VOCABULARY
 

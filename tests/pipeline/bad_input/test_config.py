@@ -8,9 +8,9 @@ import torch
 
 from cospadi.errors import CheckpointError, UsageError
 from cospadi.formats.headers import read_headers
-from cospadi.models import read_config
-from cospadi.opening import refuse_absurd_sizes
-from cospadi.pipeline import compress
+from cospadi.models.config_check import refuse_absurd_sizes
+from cospadi.models.dense_model import read_config
+from cospadi.pipeline.stages import compress
 from tests.helpers import tiny_model
 from tests.pipeline.bad_input.common import BLOCKS, WHOLE, edit, nothing_begun, recipe, refused, run
 
@@ -121,7 +121,7 @@ def test_absurd_sizes_take_no_memory(folder, out, key, value):
 def test_layers_that_the_config_does_not_count_are_told(folder, out, caplog):
     edit(folder, "config.json", lambda data: data | {"num_hidden_layers": 1})
     report = run(folder, out)
-    message = next(record.getMessage() for record in caplog.records if record.name == "cospadi.pipeline")
+    message = next(record.getMessage() for record in caplog.records if record.name == "cospadi.pipeline.stages")
     assert "9 stored tensors have no place" in message
     assert f"{BLOCKS}.1." in message
     assert {name.split(".")[2] for name in report["left_out"]} == {"1"}

@@ -8,9 +8,9 @@ import time
 import pytest
 
 from cospadi.errors import CospadiError, UnavailableError, UsageError
-from cospadi.execution import Execution
-from cospadi.lock import Lock
-from cospadi.work import WORK
+from cospadi.files.lock import Lock
+from cospadi.pipeline.work_folder import WORK
+from cospadi.recipe.resources import Execution
 from tests.helpers import tiny_model
 from tests.pipeline.bad_input.common import nothing_begun, refused, run
 

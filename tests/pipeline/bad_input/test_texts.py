@@ -7,7 +7,7 @@ import torch
 
 from cospadi.calibration.data import open_text, read_text, token_windows
 from cospadi.errors import UsageError
-from cospadi.pipeline import compress
+from cospadi.pipeline.stages import compress
 from tests import helpers
 from tests.pipeline.bad_input.common import Tokenizer, nothing_begun, recipe, refused, run
 

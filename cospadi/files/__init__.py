@@ -1,0 +1,1 @@
+"""Files that are whole or not there, locks, and names and JSON that cannot be trusted."""

@@ -1,0 +1,1 @@
+"""Dense models from outside: opened, checked, their tensors by name, their linear layers and groups."""

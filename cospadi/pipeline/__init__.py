@@ -1,0 +1,1 @@
+"""The stages joined: from a dense model to a checkpoint folder, with records that survive interruptions."""

@@ -1,0 +1,227 @@
+"""Measure what every way of storing every group would cost, each result durably kept."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from cospadi.allocation.choices import Factors
+from cospadi.allocation.offers import Corrections
+from cospadi.allocation.profile import SPARSE, Families, GroupProfile, Point, is_complete, profile_group
+from cospadi.errors import CheckpointError
+from cospadi.events import Corrected, Profiled
+from cospadi.executors import Task
+from cospadi.formats.packing import pack_group, unpack_group
+from cospadi.formats.quantization import GRIDS, dequantize
+from cospadi.models.groups import Group
+from cospadi.pipeline import workload as costs
+from cospadi.pipeline.approximate import Approximation, Method, approximate, rounded
+from cospadi.pipeline.group_inputs import GroupInputs
+from cospadi.pipeline.job import Job, cost_is_sensitivity
+from cospadi.recipe.options import CompressionConfig
+from cospadi.solvers.htp import HTP
+from cospadi.solvers.rounding.dense import quantize_dense
+from cospadi.whitening.objective import Objective
+
+
+def profile_groups(job: Job, families: Families) -> list[GroupProfile]:
+    """Profile all groups, as far as earlier runs with the same weighting have not."""
+    config, facts = job.config, _weighting(job.config)
+    spectrum = config.allocation == "pooled-spectrum"
+    profiles: dict[int, GroupProfile] = {}
+    known: dict[int, GroupProfile | None] = {}
+    work = [costs.profiling(group.in_features, group.out_features, families, spectrum) for group in job.groups]
+    for index, group in enumerate(job.groups):
+        found = known[index] = _kept(job, _name(group), facts, GroupProfile.from_json)
+        if found is not None and is_complete(found, families, spectrum):
+            profiles[index] = found
+            job.tell(
+                Profiled(len(profiles), len(job.groups), True, work_done=_at(work, profiles), work_total=sum(work))
+            )
+    pending = [index for index in range(len(job.groups)) if index not in profiles]
+    if pending:
+        job.tell(Profiled(len(profiles), len(job.groups), work_done=_at(work, profiles), work_total=sum(work)))
+    tasks = [
+        Task(
+            job.groups[index].name,
+            work[index],
+            partial(_profile, config, cost_is_sensitivity(config), job.groups[index], families, spectrum, known[index]),
+            job.reader(job.groups[index]),
+        )
+        for index in pending
+    ]
+    for number, profile in job.executor.run(tasks):
+        index = pending[number]
+        job.measurements.keep_text(_name(job.groups[index]), facts, profile.to_json())
+        profiles[index] = profile
+        job.tell(Profiled(len(profiles), len(job.groups), work_done=_at(work, profiles), work_total=sum(work)))
+    return [profiles[index] for index in range(len(job.groups))]
+
+
+def measure_corrections(job: Job, families: Families, profiles: Sequence[GroupProfile]) -> Corrections:
+    """Solve the middle group of each sort at one size, and compare with what the profile says of it."""
+    config, method = job.config, job.method
+    facts, middle = _correction_facts(job, families), _middle_of_sorts(profiles)
+    work = [
+        costs.correcting(job.groups[index].in_features, job.groups[index].out_features, families, method.solver)
+        for index in middle.values()
+    ]
+    found: dict[int, Corrections] = {}
+    tasks, pending = [], []
+    for number, (sort, index) in enumerate(middle.items()):
+        kept = _kept(job, f"corrections-{sort}", facts, Corrections.from_json)
+        if kept is not None:
+            found[number] = kept
+            job.tell(Corrected(len(found), len(middle), True, work_done=_at(work, found), work_total=sum(work)))
+            continue
+        run = partial(
+            _corrections, config, cost_is_sensitivity(config), job.groups[index], profiles[index], families, method
+        )
+        tasks.append(Task(job.groups[index].name, work[number], run, job.reader(job.groups[index])))
+        pending.append((number, sort))
+    if pending:
+        job.tell(Corrected(len(found), len(middle), work_done=_at(work, found), work_total=sum(work)))
+    for done, corrections in job.executor.run(tasks):
+        number, sort = pending[done]
+        job.measurements.keep_text(f"corrections-{sort}", facts, corrections.to_json())
+        found[number] = corrections
+        job.tell(Corrected(len(found), len(middle), work_done=_at(work, found), work_total=sum(work)))
+    joined = Corrections()
+    for number in range(len(middle)):
+        for own, more in zip(vars(joined).values(), vars(found[number]).values(), strict=True):
+            own.update(more)
+    return joined
+
+
+def _profile(
+    config: CompressionConfig,
+    weighted: bool,
+    group: Group,
+    families: Families,
+    spectrum: bool,
+    known: GroupProfile | None,
+    device: str,
+    inputs: GroupInputs,
+) -> GroupProfile:
+    target = inputs.to(device).objective(config, group, weighted)
+    return profile_group(target, group.layers[0].kind, families, spectrum, known)
+
+
+def _corrections(
+    config: CompressionConfig,
+    weighted: bool,
+    group: Group,
+    profile: GroupProfile,
+    families: Families,
+    method: Method,
+    device: str,
+    inputs: GroupInputs,
+) -> Corrections:
+    found = Corrections()
+    _correct(found, profile, group, inputs.to(device).objective(config, group, weighted), families, method)
+    return found
+
+
+T = TypeVar("T")
+
+
+def _kept(job: Job, name: str, facts: dict[str, Any], read: Callable[[str], T]) -> T | None:
+    """Give what an earlier run kept under a name; what another version wrote counts as missing."""
+    text = job.measurements.text(name, facts)
+    try:
+        return None if text is None else read(text)
+    except CheckpointError:
+        return None
+
+
+def profile_paths(job: Job) -> list[str]:
+    """Give where the profile of each group is kept once it is known."""
+    facts = _weighting(job.config)
+    return [str(job.measurements.text_path(_name(group), facts).absolute()) for group in job.groups]
+
+
+def correction_paths(job: Job, families: Families, profiles: Sequence[GroupProfile]) -> list[str]:
+    """Give where the corrections of each sort are kept once they are known."""
+    facts = _correction_facts(job, families)
+    sorts = _middle_of_sorts(profiles)
+    return [str(job.measurements.text_path(f"corrections-{sort}", facts).absolute()) for sort in sorts]
+
+
+def _correction_facts(job: Job, families: Families) -> dict[str, Any]:
+    return {"families": asdict(families), "solver": repr(job.method), **_weighting(job.config)}
+
+
+def _middle_of_sorts(profiles: Sequence[GroupProfile]) -> dict[str, int]:
+    """Give the index of the middle group of each sort."""
+    by_sort: dict[str, list[int]] = {}
+    for index, profile in enumerate(profiles):
+        by_sort.setdefault(profile.sort, []).append(index)
+    return {sort: indices[len(indices) // 2] for sort, indices in by_sort.items()}
+
+
+def _name(group: Group) -> str:
+    return f"{group.name}-{len(group.layers)}"
+
+
+def _at(work: Sequence[float], done: Iterable[int]) -> float:
+    return sum(work[index] for index in done)
+
+
+def _weighting(config: CompressionConfig) -> dict[str, Any]:
+    """Give what decides how errors are weighted."""
+    keys = ("cost", "token_weights", "damping", "groups", "include", "exclude")
+    return {key: getattr(config, key) for key in keys}
+
+
+def _correct(
+    corrections: Corrections,
+    profile: GroupProfile,
+    group: Group,
+    objective: Objective,
+    families: Families,
+    method: Method,
+) -> None:
+    # Other learners take minutes for what HTP does in a second, and end within a few per cent of it.
+    quick = method if isinstance(method.solver, HTP) or not method.solver.sparse else replace(method, solver=HTP())
+    for name, side in families.curves(profile.in_features, profile.out_features).items():
+        points = profile.points[name]
+        point = points[len(points) // 2] if side == SPARSE else _middle(points, families)
+        exact = objective.harm(_free(point, side, objective, group, quick).factorization.joined())
+        if point.harm > 0:
+            corrections.solved[f"{profile.sort} {side}"] = exact / point.harm
+        # What rounding adds shows where the factors themselves lose least; elsewhere it drowns in their own error.
+        finest = max(points, key=lambda p: (p.n_atoms, p.n_nonzero))
+        found = _free(finest, side, objective, group, quick)
+        exact = objective.harm(found.factorization.joined())
+        for value_dtype, learned_dtype in families.dtypes:
+            dictionary_dtype = "none" if side == SPARSE else learned_dtype
+            stored = replace(_choice(finest, side), value_dtype=value_dtype, dictionary_dtype=dictionary_dtype)
+            packed = rounded(stored, found, objective).factorization
+            spec, tensors = pack_group(packed, method.format, value_dtype, {}, group.shared_input, dictionary_dtype)
+            added = objective.harm(unpack_group(spec, tensors).joined()) - exact
+            key = f"{profile.sort} {side} {value_dtype}"
+            corrections.rounded[key] = max(added, 0.0) / profile.energy if profile.energy > 0 else 0.0
+    for dtype in families.quantized:
+        nearest = math.fsum(profile.quantized[dtype])
+        rows = quantize_dense(objective.weight.T, objective.metric, dtype)
+        if nearest > 0:
+            weight = dequantize(rows.values, rows.scales, GRIDS[dtype]).T
+            corrections.quantized[f"{profile.sort} {dtype}"] = objective.harm(weight) / nearest
+
+
+def _choice(point: Point, side: str) -> Factors:
+    if side == SPARSE:
+        return Factors(point.n_atoms, point.n_nonzero, dictionary_dtype="none")
+    return Factors(point.n_atoms, point.n_nonzero, side)  # type: ignore[arg-type]
+
+
+def _free(point: Point, side: str, objective: Objective, group: Group, method: Method) -> Approximation:
+    return approximate(_choice(point, side), objective, group, method)
+
+
+def _middle(points: Sequence[Point], families: Families) -> Point:
+    """Give a point of medium size and medium rho."""
+    rho = families.rhos[len(families.rhos) // 2] if families.sparse else 1.0
+    largest = max(p.n_atoms for p in points)
+    return min(points, key=lambda p: (abs(p.n_atoms / largest - 0.55), abs(p.n_atoms / p.n_nonzero - rho)))

@@ -1,0 +1,176 @@
+"""What a run begins with: the solver, the calibration windows, the map of the model, and what the result depends on."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cospadi.calibration.data import fingerprint, open_text, token_windows
+from cospadi.calibration.lockstep import forward_call
+from cospadi.errors import UnavailableError, UsageError
+from cospadi.executors import devices_of_workers
+from cospadi.executors.threads import available_threads
+from cospadi.formats.base import FORMATS
+from cospadi.models.dense_model import OpenModel
+from cospadi.models.layers import ModelMap, map_model
+from cospadi.pipeline.approximate import Method
+from cospadi.pipeline.job import is_sensitive
+from cospadi.pipeline.work_folder import WORK, read_fingerprint
+from cospadi.recipe.options import CompressionConfig
+from cospadi.recipe.resources import Execution
+from cospadi.reporting.report import versions
+from cospadi.solvers.auto import Auto
+from cospadi.solvers.base import SOLVERS
+
+
+def choose_method(config: CompressionConfig) -> tuple[Method, str]:
+    """Resolve the recipe's solver and format, and say why this solver.
+
+    Raises
+    ------
+    UsageError
+        A name or option is unknown, the solver cannot run here, or the format does not fit the solver.
+    """
+    name, reason = config.solver, "named in the recipe"
+    if name == "auto":
+        name, reason = Auto.choose(torch_device(config.device).type)
+    state = SOLVERS.availability(name)
+    if not state:
+        raise UnavailableError(f"solver {name!r} cannot run here: {state.reason}")
+    solver = SOLVERS.create(name, config.solver_options)
+    format_name = config.format or ("bitmask" if solver.sparse else "dense")
+    if not solver.sparse and format_name != "dense":
+        raise UsageError(f"solver {name!r} has dense coefficients: format {format_name!r} does not fit, use dense")
+    FORMATS.get(format_name)
+    return Method(name, solver, format_name, config.seed), reason
+
+
+def torch_device(name: str) -> torch.device:
+    """Give the device of a name; ``auto`` is a GPU where there is one.
+
+    Raises
+    ------
+    UsageError
+        There is no such device.
+    UnavailableError
+        Torch finds no such GPU here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UnavailableError(f"device {name!r} cannot be used: torch finds {found} CUDA GPUs on this machine")
+    return device
+
+
+def calibration_windows(source: OpenModel, config: CompressionConfig) -> Tensor:
+    """Give the calibration tokens of a recipe, shape (n_windows, seq_len), int64.
+
+    Raises
+    ------
+    UsageError
+        The model has no tokenizer, or the text cannot be read or is too short.
+    """
+    if source.tokenizer is None:
+        raise UsageError("a model object needs a tokenizer or calibration windows beside it")
+    text = open_text(config.calibration.text)
+    return token_windows(source.tokenizer, text, config.calibration.seq_len, config.calibration.samples)
+
+
+def check_windows(source: OpenModel, windows: Tensor) -> None:
+    """Refuse tokens that a model cannot take.
+
+    Raises
+    ------
+    UsageError
+        They are no whole numbers in windows, outside the vocabulary, or more in a window than there are positions.
+    """
+    if windows.ndim != 2 or windows.numel() == 0 or windows.dtype not in (torch.int64, torch.int32):
+        raise UsageError(
+            f"windows need whole numbers in a shape (n_windows, seq_len), got {windows.dtype} {tuple(windows.shape)}"
+        )
+    if int(windows.min()) < 0:
+        raise UsageError(f"token {int(windows.min())} is negative: wrong tokenizer?")
+    vocabulary = source.model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= vocabulary:
+        raise UsageError(
+            f"token {int(windows.max())} is outside the model's vocabulary of {vocabulary}: wrong tokenizer?"
+        )
+    longest = getattr(source.model.config, "max_position_embeddings", None)
+    if longest and windows.shape[1] > longest:
+        raise UsageError(f"seq_len {windows.shape[1]} exceeds the model's {longest} positions: choose a smaller one")
+
+
+def check_execution(source: OpenModel, windows: Tensor, config: CompressionConfig, execution: Execution) -> None:
+    """Refuse what cannot be divided as it is asked for.
+
+    Raises
+    ------
+    UsageError
+        There are fewer windows than parts, the groups need all weights, or the model is an object of this process.
+    UnavailableError
+        Ray is not installed.
+    """
+    if config.calibration.parts > len(windows):
+        raise UsageError(f"{len(windows)} calibration windows cannot be divided into parts={config.calibration.parts}")
+    if execution.max_memory is not None and config.groups == "matching":
+        raise UsageError("groups 'matching' need all weights at once: leave out max_memory, or choose other groups")
+    several = execution.executor == "ray" or (execution.workers or 1) > 1
+    if several and source.folder is None:
+        raise UsageError("several workers read the model themselves: save it, and give its folder instead of an object")
+    if execution.executor == "ray" and importlib.util.find_spec("ray") is None:
+        raise UnavailableError("executor ray needs pip install 'cospadi[ray]'")
+
+
+def map_source(
+    source: OpenModel, windows: Tensor, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> ModelMap:
+    """Find the blocks and layers of a model by running it on a few tokens."""
+    example = windows[:1, : min(8, windows.shape[1])]
+    with source.running() as model:
+        call = forward_call(model, source.device)
+        return map_model(model, lambda: call(example), include, exclude)
+
+
+def fingerprints_of(source: OpenModel, windows: Tensor, config: CompressionConfig) -> dict[str, str]:
+    """Name everything that the result depends on."""
+    return {
+        "model": source.digest(),
+        "calibration": fingerprint(windows),
+        # The backend only runs the result; it may change between a run and its resumption.
+        "recipe": json.dumps(config.model_copy(update={"backend": "auto"}).to_dict(), sort_keys=True),
+        "versions": json.dumps(versions(), sort_keys=True),
+    }
+
+
+def measurement_facts(config: CompressionConfig, device: torch.device, threads: int) -> dict[str, Any]:
+    """Give what is to be collected and on what else its last bits depend, as facts that name a cache."""
+    sensitive = is_sensitive(config)
+    facts = {
+        "sensitivities": sensitive,
+        "token_weights": config.token_weights,
+        "labels": config.calibration.labels if sensitive else None,
+        "seed": config.seed if sensitive else None,
+        "batch_size": config.calibration.batch_size,
+        "device": device.type,
+        "threads": threads,
+    }
+    return facts | ({"parts": config.calibration.parts} if config.calibration.parts > 1 else {})
+
+
+def threads_of(out: Path, device: torch.device, execution: Execution) -> int | None:
+    """Give the threads of a task as asked or, for a new run, as the executor would choose them."""
+    if execution.threads is not None or read_fingerprint(out / WORK) is not None:
+        return execution.threads
+    if execution.executor == "ray":
+        return 1
+    workers = len(devices_of_workers(str(device), torch.cuda.device_count(), execution.workers))
+    return max(1, available_threads() // workers)
