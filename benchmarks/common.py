@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from cospadi.reporting.report import machine, versions
+from cospadi.reporting import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -26,10 +26,9 @@ import psutil
 from common import save_result
 
 from cospadi.events import Event, GroupFinished, Planned
-from cospadi.models.embedded import embedded_model
-from cospadi.pipeline.stages import compress
-from cospadi.recipe.options import CompressionConfig, read_recipe
-from cospadi.recipe.resources import Execution
+from cospadi.models import embedded_model
+from cospadi.pipeline import compress
+from cospadi.recipe import CompressionConfig, Execution, read_recipe
 
 WORKERS = 2
 GOAL = 1.10

@@ -29,10 +29,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cospadi.events import Event, GroupFinished, Progress
-from cospadi.pipeline.stages import compress
-from cospadi.pipeline.work_folder import WORK
-from cospadi.recipe.options import CompressionConfig
-from cospadi.recipe.resources import Execution
+from cospadi.pipeline import WORK, compress
+from cospadi.recipe import CompressionConfig, Execution
 
 RECIPE: dict[str, Any] = {"ratio": 0.3, "storage": "factors", "solver": "htp", "solver_options": {"n_iter": 40}}
 CALIBRATION = {"samples": 16, "seq_len": 128, "batch_size": 2}

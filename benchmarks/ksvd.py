@@ -23,9 +23,10 @@ from problems import add_problem_options, describe, load_target
 from threadpoolctl import threadpool_limits
 
 from cospadi.arrays import namespace
-from cospadi.solvers.base import Problem, relative_error
+from cospadi.solvers import relative_error
 from cospadi.solvers.coders import BatchOMP
 from cospadi.solvers.ksvd import KSVD
+from cospadi.whitening import Problem
 
 ERRORS_AFTER = (1, 2, 3, 5, 10, 15, 20, 30, 40, 60)
 PAPER = {"block": 1, "power_iterations": 8, "pursue_every": 1}
@@ -113,7 +114,7 @@ def alternations(target, args, library, options, n_iter):
 
 
 def solvers(target, args):
-    from cospadi.solvers.base import SOLVERS
+    from cospadi.solvers import SOLVERS
 
     d, n = target.shape
     rank = int(args.n_atoms * (d + n / 2 + n / 16) / (d + n))

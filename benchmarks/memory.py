@@ -22,8 +22,7 @@ import torch
 from common import save_result
 from transformers import AutoConfig
 
-from cospadi.models.dense_model import model_class
-from cospadi.models.layers import map_model
+from cospadi.models import map_model, model_class
 
 GOAL = 1.5
 EVERY = 0.05

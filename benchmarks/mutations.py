@@ -26,7 +26,7 @@ from cospadi_cli.main import main as command_line
 
 import cospadi
 from cospadi.errors import CheckpointError, UsageError
-from cospadi.formats.checksums import CHECKSUMS, write_checksums
+from cospadi.formats import CHECKSUMS, write_checksums
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -108,8 +108,8 @@ class Original:
 
 def make_originals(folder: Path, checksums: bool) -> list[Original]:
     """Write small checkpoints of every way of storing, one of them by the whole pipeline."""
-    from cospadi.pipeline.stages import compress
-    from cospadi.recipe.options import CompressionConfig
+    from cospadi.pipeline import compress
+    from cospadi.recipe import CompressionConfig
 
     folders = []
     for architecture, format, value_dtype, shard_bytes in KINDS:

@@ -21,9 +21,9 @@ from problems import add_problem_options, describe, load_target
 
 def dictionary_of(target, n_atoms, n_nonzero):
     """A dictionary as learning makes it, so that the pursuit meets realistic coherence."""
-    from cospadi.solvers.base import Problem
-    from cospadi.solvers.htp import HTP
+    from cospadi.solvers import HTP
     from cospadi.solvers.updates import unit_columns
+    from cospadi.whitening import Problem
 
     return unit_columns(HTP(n_iter=5).solve(Problem(target, n_atoms, n_nonzero)).dictionary)[0]
 

@@ -18,7 +18,7 @@ from common import save_result
 
 from cospadi import events
 from cospadi.events import Event, Progress
-from cospadi.pipeline.time_left import TimeLeft
+from cospadi.pipeline import TimeLeft
 
 PARTS = (0.1, 0.25, 0.5)
 _KINDS: dict[str, Any] = {

@@ -22,10 +22,9 @@ from common import RESULTS, save_result
 import cospadi
 from cospadi.calibration.data import EMBEDDED_EVALUATION, fingerprint, read_text, token_windows
 from cospadi.evaluation.perplexity import perplexity
-from cospadi.models.dense_model import open_model
-from cospadi.models.embedded import embedded_model
-from cospadi.pipeline.stages import compress
-from cospadi.recipe.options import CompressionConfig
+from cospadi.models import embedded_model, open_model
+from cospadi.pipeline import compress
+from cospadi.recipe import CompressionConfig
 
 FACTORS = {"storage": "factors", "value_dtype": "bfloat16"}
 LEARNED = FACTORS | {"dictionary": "learned"}

@@ -14,17 +14,12 @@ import torch
 import transformers as tf
 from common import save_result
 
-from cospadi.allocation.assignment import families_of
-from cospadi.allocation.choices import Factors
-from cospadi.models.dense_model import OpenModel
-from cospadi.models.experts import split_experts
-from cospadi.models.groups import form_groups
-from cospadi.models.layers import Layer, ModelMap, find_blocks, is_linear
-from cospadi.models.weights import Weights
+from cospadi.allocation import Factors, families_of
+from cospadi.models import Layer, ModelMap, OpenModel, Weights, find_blocks, form_groups, is_linear, split_experts
+from cospadi.pipeline import choose_method
 from cospadi.pipeline import workload as costs
 from cospadi.pipeline.memory_plan import plan_memory
-from cospadi.pipeline.setup import choose_method
-from cospadi.recipe.options import CompressionConfig
+from cospadi.recipe import CompressionConfig
 
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Layers of these architectures that receive what another one receives."""

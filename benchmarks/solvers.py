@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from common import save_result
 
-from cospadi.allocation.budget import Budget, GroupShape
-from cospadi.calibration.source_statistics import SourceStatistics
-from cospadi.formats.base import FORMATS
-from cospadi.models.dense_model import open_model
-from cospadi.models.embedded import embedded_model
-from cospadi.models.layers import weight_matrix
-from cospadi.pipeline.statistics_store import is_record, payloads
-from cospadi.solvers.base import SOLVERS, Problem, relative_error
-from cospadi.whitening.square_root import whitening_from_gram
+from cospadi.allocation import Budget, GroupShape
+from cospadi.calibration import SourceStatistics
+from cospadi.formats import FORMATS
+from cospadi.models import embedded_model, open_model, weight_matrix
+from cospadi.pipeline import is_record, payloads
+from cospadi.solvers import SOLVERS, relative_error
+from cospadi.whitening import Problem, whitening_from_gram
 
 LAYERS = {
     "model.layers.2.self_attn.q_proj": "model.layers.2.self_attn.q_proj",

@@ -20,18 +20,14 @@ import torch
 from common import save_result
 from scipy.optimize import linprog
 
-from cospadi.allocation.assignment import families_of
-from cospadi.allocation.choices import Choice, Factors, Quantized
-from cospadi.allocation.profile import profile_group
-from cospadi.calibration.source_statistics import SourceStatistics
-from cospadi.models import host_memory as heap
-from cospadi.models.groups import Group
-from cospadi.models.layers import Layer
-from cospadi.pipeline.approximate import Method, factorize_group
+from cospadi.allocation import Choice, Factors, Method, Quantized, families_of, profile_group
+from cospadi.calibration import SourceStatistics
+from cospadi.models import Group, Layer, keep_small_heap, trim_heap
+from cospadi.pipeline.approximate import factorize_group
 from cospadi.pipeline.group_inputs import GroupInputs
 from cospadi.pipeline.memory_plan import solving_terms
-from cospadi.recipe.options import CompressionConfig
-from cospadi.solvers.base import SOLVERS
+from cospadi.recipe import CompressionConfig
+from cospadi.solvers import SOLVERS
 
 SHAPES = ((1024, 1024), (1024, 3072), (3072, 1024), (2048, 1536), (768, 4224))
 WAYS = ("single-step", "htp", "output", "whole-numbers", "sparse", "quantized", "profile")
@@ -59,13 +55,13 @@ def row(way: str, d: int, n: int, threads: int) -> dict[str, Any]:
 
 def measure(way: str, d: int, n: int, threads: int) -> tuple[int, float]:
     """Give the bytes that a layer's inputs and its solution take at most, and the seconds."""
-    heap.keep_little()
+    keep_small_heap()
     torch.set_num_threads(threads)
     work(way, *inputs(64, 64))  # loads whatever libraries load when they are first used
-    heap.trim()
+    trim_heap()
     before = memory("VmRSS")
     given = inputs(d, n)
-    heap.trim()
+    trim_heap()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start = time.perf_counter()
     work(way, *given)

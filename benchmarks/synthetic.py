@@ -18,8 +18,8 @@ import torch
 from scipy import fft
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from cospadi.models.embedded import embedded_model
-from cospadi.recipe.resources import parse_size
+from cospadi.models import embedded_model
+from cospadi.recipe import parse_size
 
 STD = 0.02
 """Standard deviation of the weights, as Llama's are initialised and about as they are trained."""

@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 import array_api_compat
 import numpy as np
+import torch
 
-from cospadi.errors import UnavailableError
+from cospadi.errors import UnavailableError, UsageError
 from cospadi.registry import Availability
 
 Array: TypeAlias = Any
@@ -120,3 +121,25 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
         return values, vectors
     found = namespace(matrix).linalg.eigh(matrix)
     return found[0], found[1]
+
+
+def torch_device(name: str) -> torch.device:
+    """Give the device of a name; ``auto`` is a GPU where there is one.
+
+    Raises
+    ------
+    UsageError
+        There is no such device.
+    UnavailableError
+        Torch finds no such GPU here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UnavailableError(f"device {name!r} cannot be used: torch finds {found} CUDA GPUs on this machine")
+    return device

@@ -7,8 +7,9 @@ import array_api_strict
 import numpy as np
 import torch
 
-from cospadi.solvers.base import SOLVERS, Problem, Solution
+from cospadi.solvers.base import SOLVERS, Solution
 from cospadi.solvers.ksvd import KSVD
+from cospadi.whitening.problem import Problem
 
 NAMES = [name for name in SOLVERS.names() if SOLVERS.availability(name)]
 SPARSE = [name for name in NAMES if SOLVERS.get(name).sparse]

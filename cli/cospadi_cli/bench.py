@@ -85,10 +85,10 @@ def bench(ctx: click.Context, model: str | None, out: str | None, as_json: bool,
     _check_options(model, given)
     for option, path in (("--out", out), ("--plot", given["plot"])):
         _check_writable(option, path)
-    from cospadi.reporting.report import machine, versions
+    from cospadi.reporting import machine, versions
 
     if given["plot"]:
-        from cospadi.evaluation.speed.roofline import plot, require_matplotlib
+        from cospadi.evaluation.speed import plot, require_matplotlib
 
         require_matplotlib()
     tell = (lambda text: None) if quiet else (lambda text: click.echo(text, err=True))
@@ -115,12 +115,11 @@ def bench(ctx: click.Context, model: str | None, out: str | None, as_json: bool,
 
 
 def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    from cospadi.evaluation.speed.problems import SHAPES
-    from cospadi.evaluation.speed.single_layers import Settings, measure_kernels
+    from cospadi.evaluation.speed import SHAPES, LayerSettings, measure_kernels
 
     named = given["shapes"] or (None if given["shape"] else "standard")
     sets = SHAPES if named == "all" else [named] if named else []
-    settings = Settings(
+    settings = LayerSettings(
         shapes=(*(shape for name in sets for shape in SHAPES[name]), *given["shape"]),
         ratios=given["ratio"] or (0.3,),
         tokens=given["tokens"] or (1, 8, 512),
@@ -135,9 +134,9 @@ def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> dict[
 
 
 def _measure_model(model: str, given: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    from cospadi.evaluation.speed.whole_models import Settings, measure_model
+    from cospadi.evaluation.speed import ModelSettings, measure_model
 
-    settings = Settings(
+    settings = ModelSettings(
         model=model,
         baseline=given["baseline"],
         backends=given["backend"] or ("auto",),

@@ -8,16 +8,16 @@ import click
 
 from cospadi.errors import CospadiError, UsageError
 from cospadi.events import Evaluated, Listener, Stopped
-from cospadi.recipe.resources import Execution
+from cospadi.recipe import Execution
 from cospadi_cli import render
 from cospadi_cli.options import execution_from, execution_options, recipe_from, recipe_options
 from cospadi_cli.progress import progress
 from cospadi_cli.stopping import Terminated, stoppable
 
 if TYPE_CHECKING:
-    from cospadi.evaluation.comparison import Protocol
-    from cospadi.recipe.options import CompressionConfig
-    from cospadi.reporting.report import Report
+    from cospadi.evaluation import Protocol
+    from cospadi.recipe import CompressionConfig
+    from cospadi.reporting import Report
 
 PROMPT = "The President of the United States said that"
 
@@ -157,11 +157,10 @@ def execute(run: Run) -> None:
 
 
 def _work(run: Run) -> "Report":
-    from cospadi.calibration.data import EMBEDDED_EVALUATION, open_text
-    from cospadi.pipeline.setup import choose_method
-    from cospadi.pipeline.stages import compress as compress_model
-    from cospadi.pipeline.work_folder import check_output
-    from cospadi.reporting.report import write_report
+    from cospadi.calibration import EMBEDDED_EVALUATION, open_text
+    from cospadi.pipeline import check_output, choose_method
+    from cospadi.pipeline import compress as compress_model
+    from cospadi.reporting import write_report
     from cospadi_cli import measuring
 
     choose_method(run.config)
@@ -200,8 +199,7 @@ def _work(run: Run) -> "Report":
 
 def _evaluate(run: Run, model: str, protocol: "Protocol", tell: Listener) -> dict[str, Any]:
     """Measure the dense and the compressed model."""
-    from cospadi.evaluation.comparison import compare
-    from cospadi.evaluation.model_folders import measure_folders
+    from cospadi.evaluation import compare, measure_folders
 
     def progress(done: float, total: int) -> None:
         tell(Evaluated(int(done), total, work_done=done))
@@ -213,7 +211,7 @@ def _evaluate(run: Run, model: str, protocol: "Protocol", tell: Listener) -> dic
 
 def _again(run: Run) -> str | None:
     """Give the command that goes on; None where nothing was begun or all is finished."""
-    from cospadi.pipeline.work_folder import WORK
+    from cospadi.pipeline import WORK
 
     if not (run.out / WORK).is_dir():
         return None
@@ -221,7 +219,7 @@ def _again(run: Run) -> str | None:
 
 
 def _embedded(quiet: bool) -> str:
-    from cospadi.models.embedded import embedded_model
+    from cospadi.models import embedded_model
 
     with render.working("preparing the embedded model", quiet):
         return str(embedded_model())

@@ -15,8 +15,8 @@ def decompress(path: Path, out: Path) -> None:
 
     The result computes the same function at the size of the original: for tools that cannot import cospadi.
     """
-    from cospadi.integrations.compressed_model import decompress as multiply_out
-    from cospadi.integrations.compressed_model import require_checkpoint
+    from cospadi.integrations import decompress as multiply_out
+    from cospadi.integrations import require_checkpoint
 
     require_checkpoint(path)
     render.quieten_libraries()

@@ -40,12 +40,10 @@ def evaluate(
 
     A line of the file for --choices is {"prompt": "...", "choices": ["...", "..."], "answer": 0}.
     """
-    from cospadi.calibration.data import EMBEDDED_EVALUATION, open_text
+    from cospadi.calibration import EMBEDDED_EVALUATION, open_text
     from cospadi.errors import UsageError
-    from cospadi.evaluation.comparison import compare
-    from cospadi.evaluation.model_folders import measure_folders
-    from cospadi.evaluation.multiple_choice import read_questions
-    from cospadi.recipe.options import CompressionConfig
+    from cospadi.evaluation import compare, measure_folders, read_questions
+    from cospadi.recipe import CompressionConfig
     from cospadi_cli import measuring
 
     execution = execution_from(values)

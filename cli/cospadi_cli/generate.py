@@ -18,10 +18,10 @@ def generate(
     path: str, prompt: str, max_new_tokens: int, backend: str | None, device: str | None, as_json: bool
 ) -> None:
     """Continue a prompt greedily with the model at PATH, compressed or dense."""
-    from cospadi.evaluation.generation import generate as continue_prompt
-    from cospadi.evaluation.model_folders import load_model
-    from cospadi.models.dense_model import read_tokenizer
-    from cospadi.recipe.options import CompressionConfig
+    from cospadi.evaluation import generate as continue_prompt
+    from cospadi.evaluation import load_model
+    from cospadi.models import read_tokenizer
+    from cospadi.recipe import CompressionConfig
     from cospadi_cli import measuring
 
     defaults = CompressionConfig()

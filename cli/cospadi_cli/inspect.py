@@ -35,10 +35,9 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         The folder is no compressed checkpoint.
     """
     from cospadi.errors import CheckpointError
-    from cospadi.files.untrusted import read_json
-    from cospadi.formats.checksums import check_checksums
-    from cospadi.formats.verify import read_config
-    from cospadi.integrations.compressed_model import require_checkpoint
+    from cospadi.files import read_json
+    from cospadi.formats import check_checksums, read_config
+    from cospadi.integrations import require_checkpoint
 
     require_checkpoint(path)
     check_checksums(path, ["config.json"])
@@ -99,7 +98,7 @@ def _is_count(value: Any) -> bool:
 def _from_config(settings: Any) -> dict[str, Any]:
     from math import prod
 
-    from cospadi.formats.checkpoint import expected_tensors
+    from cospadi.formats import expected_tensors
 
     rows = []
     for group in settings.groups:

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cospadi.evaluation.comparison import Protocol
-    from cospadi.evaluation.multiple_choice import Question
+    from cospadi.evaluation import Protocol, Question
 
 
 def check_backend(name: str) -> None:
@@ -17,7 +16,7 @@ def check_backend(name: str) -> None:
     UsageError
         With the reason.
     """
-    from cospadi.backends.base import BACKENDS
+    from cospadi.backends import BACKENDS
     from cospadi.errors import UnavailableError
 
     state = BACKENDS.availability(name)
@@ -41,11 +40,10 @@ def protocol(
     UsageError
         There is no such model, or the text is too short.
     """
-    from cospadi.calibration.data import token_windows
+    from cospadi.calibration import token_windows
     from cospadi.errors import UsageError
-    from cospadi.evaluation.activation_budget import batch_size
-    from cospadi.evaluation.comparison import Protocol
-    from cospadi.models.dense_model import model_class, read_config, read_tokenizer
+    from cospadi.evaluation import Protocol, batch_size
+    from cospadi.models import model_class, read_config, read_tokenizer
 
     config = read_config(model)
     if not model_class(config).can_generate():

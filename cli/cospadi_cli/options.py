@@ -10,8 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cospadi.errors import UsageError
-from cospadi.recipe.options import CompressionConfig, read_recipe
-from cospadi.recipe.resources import Execution, parse_size
+from cospadi.recipe import CompressionConfig, Execution, parse_size, read_recipe
 from cospadi.registry import Registry
 
 _FLAGS = {

@@ -31,8 +31,8 @@ def torch_device(name: str) -> "torch.device":
     UsageError
         There is no such device here.
     """
+    from cospadi.arrays import torch_device as known_device
     from cospadi.errors import UsageError
-    from cospadi.pipeline.setup import torch_device as known_device
 
     device = known_device(name)
     if device.type not in ("cpu", "cuda"):

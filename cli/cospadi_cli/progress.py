@@ -26,7 +26,7 @@ from cospadi.events import (
     Stopped,
     Written,
 )
-from cospadi.pipeline.time_left import TimeLeft
+from cospadi.pipeline import TimeLeft
 from cospadi_cli.linefile import as_json, open_lines, stamped, standard_output
 from cospadi_cli.render import console, size, stored_as
 

@@ -9,8 +9,8 @@ from rich.text import Text
 from cospadi_cli.render import console, size
 
 if TYPE_CHECKING:
-    from cospadi.backends.tuning import Tuned
-    from cospadi.evaluation.speed.crossover import Crossover
+    from cospadi.backends import Tuned
+    from cospadi.evaluation.speed import Crossover
 
 _COLUMNS = (
     "spread: distance of the quartiles; vs: how many times faster than the dense product of torch and than the "

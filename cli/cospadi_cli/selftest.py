@@ -23,18 +23,18 @@ def selftest(gpu: bool, as_json: bool) -> int:
     package cannot run without one.  Leaves with exit code 1 if a check failed.  What cannot run here is listed as
     skipped, with the reason.
     """
-    from cospadi.backends import selftest as checking
+    from cospadi.backends.selftest import checks, machine
 
-    machine = checking.machine(gpu)
+    where = machine(gpu)
     found = []
-    for check in checking.checks(gpu):
+    for check in checks(gpu):
         found.append(check)
         click.echo(f"{check.check}, {check.subject}: {check.verdict}", err=True)
     failed = sum(check.verdict == "failed" for check in found)
     if as_json:
-        render.print_json({**machine, "failed": failed, "checks": [asdict(check) for check in found]})
+        render.print_json({**where, "failed": failed, "checks": [asdict(check) for check in found]})
     else:
-        _show(machine, found)
+        _show(where, found)
     return 1 if failed else 0
 
 

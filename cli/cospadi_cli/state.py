@@ -57,9 +57,8 @@ def read_status(path: Path, verify: bool = False) -> dict[str, Any]:
         It is none of these.
     """
     from cospadi.errors import UsageError
-    from cospadi.files.durable import unseal
-    from cospadi.pipeline.statistics_store import FACTS
-    from cospadi.pipeline.work_folder import WORK
+    from cospadi.files import unseal
+    from cospadi.pipeline import FACTS, WORK
 
     if (path / WORK).is_dir():
         return _read_run(path, path / WORK, verify)
@@ -77,9 +76,8 @@ def read_status(path: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def _read_run(path: Path, folder: Path, verify: bool) -> dict[str, Any]:
-    from cospadi.files.lock import holder
-    from cospadi.pipeline.records import Records
-    from cospadi.pipeline.work_folder import read_fingerprint
+    from cospadi.files import holder
+    from cospadi.pipeline import Records, read_fingerprint
 
     records, found = Records(folder), Found()
     begun = read_fingerprint(folder)
@@ -121,7 +119,7 @@ def _measured_in(records: Any) -> Path | None:
 
 
 def _inputs(folder: Path | None, names: list[str] | None, found: Found, verify: bool) -> Stage:
-    from cospadi.pipeline.statistics_store import is_record, name_in, payloads
+    from cospadi.pipeline import is_record, name_in, payloads
 
     stage = Stage("calibrating", _STAGES["calibrating"], total=None if names is None else len(names))
     if folder is None:
@@ -141,7 +139,7 @@ def _inputs(folder: Path | None, names: list[str] | None, found: Found, verify: 
 
 
 def _texts(name: str, folder: Path | None, paths: list[str] | None, found: Found) -> Stage:
-    from cospadi.files.durable import unseal
+    from cospadi.files import unseal
 
     stage = Stage(name, _STAGES[name], total=None if paths is None else len(paths))
     if folder is None:
@@ -187,8 +185,8 @@ def _read_finished(path: Path) -> dict[str, Any]:
 
 
 def _read_measurements(folder: Path, verify: bool) -> dict[str, Any]:
-    from cospadi.files.durable import unseal
-    from cospadi.pipeline.statistics_store import FACTS
+    from cospadi.files import unseal
+    from cospadi.pipeline import FACTS
 
     found = Found()
     stage = _inputs(folder, None, found, verify)
@@ -201,7 +199,7 @@ def _read_measurements(folder: Path, verify: bool) -> dict[str, Any]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    from cospadi.formats.checkpoint import QUANT_METHOD
+    from cospadi.formats import QUANT_METHOD
 
     try:
         return bool(
@@ -213,8 +211,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _recipe(text: str | None) -> dict[str, str]:
     """Give the ratio and every field of a recipe that is not as by default."""
-    from cospadi.pipeline.work_folder import fields
-    from cospadi.recipe.options import CompressionConfig
+    from cospadi.pipeline import fields
+    from cospadi.recipe import CompressionConfig
 
     usual = fields(json.dumps(CompressionConfig().to_dict()))
     return {key: value for key, value in fields(text).items() if key == "ratio" or usual.get(key) != value}

@@ -24,12 +24,12 @@ def tune(device: str, threads: int | None, seconds: float, show: bool, reset: bo
     What is found is kept in the cache folder and holds for the same processor or GPU, number of threads and versions of
     torch and cospadi; elsewhere the shipped thresholds are taken.
     """
-    from cospadi.backends import tuning
+    from cospadi.backends import reset_tuned, store_tuned, stored_tuned
 
     if show and reset:
         raise click.UsageError("--show and --reset exclude each other")
     if reset:
-        removed = tuning.reset()
+        removed = reset_tuned()
         if as_json:
             render.print_json({"removed": removed})
         else:
@@ -37,13 +37,13 @@ def tune(device: str, threads: int | None, seconds: float, show: bool, reset: bo
         return
     found = []
     if not show:
-        from cospadi.evaluation.speed.crossover import measure_crossovers, to_store
+        from cospadi.evaluation.speed import measure_crossovers, to_store
 
         place = torch_device(device)
         with torch_threads(threads):
             found = measure_crossovers(place, seconds, lambda text: None if quiet else click.echo(text, err=True))
-            tuning.store(to_store(place, found))
-    entries = tuning.stored()
+            store_tuned(to_store(place, found))
+    entries = stored_tuned()
     if as_json:
         crossovers = [asdict(one) for one in found]
         render.print_json({"entries": [asdict(entry) for entry in entries], "measured": crossovers})

@@ -1,1 +1,5 @@
 """How the budget is spread over the groups of layers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,7 +9,7 @@ import numpy as np
 
 from cospadi.allocation.base import Allocation, Allocator, capacity_for
 from cospadi.allocation.budget import Budget, GroupShape
-from cospadi.allocation.choices import DENSE, Choice, Factors, Quantized
+from cospadi.allocation.choices import DENSE, Choice, Factors, Method, Quantized
 from cospadi.allocation.equal_ratio import EqualRatio
 from cospadi.allocation.knapsack import Knapsack
 from cospadi.allocation.menu import Entry, Menu, restrict
@@ -18,11 +18,9 @@ from cospadi.allocation.pooled import PooledSpectrum
 from cospadi.allocation.profile import Families, GroupProfile
 from cospadi.allocation.uniform import Uniform
 from cospadi.errors import UsageError
-from cospadi.formats.base import FORMATS
-from cospadi.formats.dictionary import dictionary_dtype_of
-from cospadi.models.groups import Group
-from cospadi.pipeline.approximate import Method
-from cospadi.recipe.options import CompressionConfig, read_limit
+from cospadi.formats import FORMATS, dictionary_dtype_of
+from cospadi.models import Group
+from cospadi.recipe import CompressionConfig, read_limit
 
 STRATEGIES: dict[str, Callable[[], Allocator]] = {
     "knapsack": Knapsack,

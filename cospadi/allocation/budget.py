@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cospadi.formats.base import Format
-from cospadi.formats.packing import group_bits
+from cospadi.formats import Format, group_bits
 
 DENSE_BITS = 16
 """Bits of one weight of the dense layers that ratios compare with: bfloat16."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cospadi.solvers import Solver
+
 DENSE = "dense"
 """Stands for the dtype of a layer that is kept as it is."""
 
@@ -69,3 +71,25 @@ def sides(choice: Factors, in_features: int, out_features: Sequence[int]) -> tup
     if choice.side == "input":
         return in_features, tuple(out_features)
     return sum(out_features), (in_features,)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How groups are factorised and stored.
+
+    Attributes
+    ----------
+    solver_name : str
+        Registry name, for the report.
+    solver : Solver
+        The dictionary solver.
+    format : str
+        How the coefficients are stored.
+    seed : int
+        Of whatever is random in the solver.
+    """
+
+    solver_name: str
+    solver: Solver
+    format: str
+    seed: int

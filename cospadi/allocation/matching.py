@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cospadi.calibration.gram import Gram
+from cospadi.calibration import Gram
 from cospadi.errors import UsageError
-from cospadi.models.groups import Group, in_order
-from cospadi.whitening.square_root import whitening_from_gram
+from cospadi.models import Group, in_order
+from cospadi.whitening import whitening_from_gram
 
 
 def pair_distances(

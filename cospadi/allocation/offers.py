@@ -12,9 +12,7 @@ from cospadi.allocation.curves import ErrorCurve
 from cospadi.allocation.menu import Entry, Menu
 from cospadi.allocation.profile import SPARSE, Families, GroupProfile, Point, along_atoms
 from cospadi.errors import CheckpointError
-from cospadi.formats.base import FORMATS, Format
-from cospadi.formats.dictionary import dictionary_bits
-from cospadi.formats.packing import group_bits
+from cospadi.formats import FORMATS, Format, dictionary_bits, group_bits
 
 _STEPS = 48
 """Entries of a menu along one curve."""

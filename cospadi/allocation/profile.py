@@ -15,11 +15,15 @@ import torch
 
 from cospadi.arrays import convert
 from cospadi.errors import CheckpointError
-from cospadi.formats.quantization import dequantize, grid_of, quantize
-from cospadi.solvers.metric_pursuit import pursue_in_metric
-from cospadi.solvers.sparse_weight import sparse_weight
-from cospadi.solvers.updates import hard_threshold, leading_left_singular_vectors, least_squares_dictionary
-from cospadi.whitening.objective import Objective
+from cospadi.formats import dequantize, grid_of, quantize
+from cospadi.solvers import (
+    hard_threshold,
+    leading_left_singular_vectors,
+    least_squares_dictionary,
+    pursue_in_metric,
+    sparsify,
+)
+from cospadi.whitening import Objective
 
 Side = Literal["input", "output"]
 SPARSE = "sparse"
@@ -217,7 +221,7 @@ def _sparse_points(objective: Objective, families: Families) -> tuple[Point, ...
     d, n = W.shape
     found = []
     for s in sorted({max(1, round(density * d)) for density in _DENSITIES}):
-        E = (W - sparse_weight(W, G, s * n, scales, n_iter=0, final_cg_steps=3)) * scales
+        E = (W - sparsify(W, G, s * n, scales, n_iter=0, final_cg_steps=3)) * scales
         found.append(Point(d, s, _half_per_token(np.sum(E * (G @ E), dtype=np.float64), objective)))
     return tuple(found)
 

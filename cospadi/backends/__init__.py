@@ -1,1 +1,5 @@
 """How factorised layers are multiplied at run time; see docs/backends.md."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cospadi.backends import tuning
 from cospadi.backends.base import BACKENDS, Backend, Placement
-from cospadi.formats.base import PackedCoefficients, PackedDictionary
+from cospadi.formats import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
 logger = logging.getLogger(__name__)

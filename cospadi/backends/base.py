@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cospadi.formats.base import PackedCoefficients, PackedDictionary
+from cospadi.formats import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability, Registry
 
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cospadi.formats.base import FORMATS, PackedCoefficients
-from cospadi.formats.bitmask import count_bits
-from cospadi.formats.values import read_values
+from cospadi.formats import FORMATS, PackedCoefficients, count_bits, read_values
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from cospadi.backends.base import BACKENDS, Backend, Placement
 from cospadi.backends.dense_products import dense_coefficients, placed
 from cospadi.backends.prepared import Prepared, Sources, prepare
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
-from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
-from cospadi.formats.dictionary import dictionary_layout, held_dictionary
-from cospadi.formats.factorization import GroupSpec
+from cospadi.formats import FORMATS, GroupSpec, PackedCoefficients, PackedDictionary, dictionary_layout, held_dictionary
 
 
 class Group:

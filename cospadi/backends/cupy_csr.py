@@ -13,7 +13,7 @@ from torch import Tensor
 from cospadi.arrays import cupy_availability
 from cospadi.backends.base import Backend, Placement
 from cospadi.backends.dense_products import gpu_support, is_identity, placed, projected, unpacked
-from cospadi.formats.base import PackedCoefficients, PackedDictionary
+from cospadi.formats import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cospadi.backends.base import Backend, Placement
-from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
-from cospadi.formats.dictionary import unpack_dictionary
+from cospadi.formats import FORMATS, PackedCoefficients, PackedDictionary, unpack_dictionary
 from cospadi.registry import Availability
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

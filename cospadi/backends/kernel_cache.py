@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from cospadi.models.embedded import cache_folder
+from cospadi.files import cache_folder
 
 _MAGIC = b"cospadi-kernels-1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from cospadi.backends.base import Placement
 from cospadi.backends.dense_products import DenseProducts, float_support
-from cospadi.formats.base import PackedCoefficients
+from cospadi.formats import PackedCoefficients
 from cospadi.registry import Availability
 
 

@@ -9,11 +9,16 @@ from cospadi.backends.base import BACKENDS, Placement
 from cospadi.backends.bundle import Group
 from cospadi.backends.dense_products import dense_coefficients, placed
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
-from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
-from cospadi.formats.checkpoint import CheckpointConfig
-from cospadi.formats.dictionary import dictionary_layout
-from cospadi.formats.factorization import GroupSpec, MemberSpec
-from cospadi.models.layers import is_linear, weight_matrix
+from cospadi.formats import (
+    FORMATS,
+    CheckpointConfig,
+    GroupSpec,
+    MemberSpec,
+    PackedCoefficients,
+    PackedDictionary,
+    dictionary_layout,
+)
+from cospadi.models import is_linear, weight_matrix
 
 
 class SparseLinear(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cospadi.backends.base import Backend, Placement
 from cospadi.backends.dense_products import DenseCoefficients, dense_coefficients, float_support, placed, projected
-from cospadi.formats.base import PackedCoefficients, PackedDictionary
+from cospadi.formats import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
 SPARSE_DENSITY = 0.2

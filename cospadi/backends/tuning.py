@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cospadi.errors import UsageError
-from cospadi.models.embedded import cache_folder
+from cospadi.files import cache_folder
 
 OPTIONS = {"cpu": ("max_tokens",), "cuda": ("project_tokens", "combine_tokens")}
 """The options of each backend that are measured: numbers of tokens."""
@@ -91,14 +91,14 @@ def options_for(backend: str, device: torch.device, dtype: torch.dtype) -> dict[
     """
     if backend not in OPTIONS:
         return {}
-    known = stored()
+    known = stored_tuned()
     if not known:  # the usual case, in which no device need be asked for its name
         return {}
     wanted = tuned(backend, device, dtype, {}).key
     return next((dict(entry.options) for entry in known if entry.key == wanted), {})
 
 
-def stored() -> tuple[Tuned, ...]:
+def stored_tuned() -> tuple[Tuned, ...]:
     """Give all that is stored; nothing, with a warning in the log, where the file is damaged."""
     try:
         path = tuning_file()
@@ -111,7 +111,7 @@ def stored() -> tuple[Tuned, ...]:
         return ()
 
 
-def store(entries: list[Tuned]) -> Path:
+def store_tuned(entries: list[Tuned]) -> Path:
     """Add what was measured, in place of what was stored for the same places.
 
     Returns
@@ -125,7 +125,7 @@ def store(entries: list[Tuned]) -> Path:
         The cache folder cannot be written.
     """
     replaced = {entry.key for entry in entries}
-    kept = [entry for entry in stored() if entry.key not in replaced]
+    kept = [entry for entry in stored_tuned() if entry.key not in replaced]
     data = {"version": _VERSION, "entries": [asdict(entry) for entry in (*kept, *entries)]}
     path = tuning_file()
     try:
@@ -145,7 +145,7 @@ def store(entries: list[Tuned]) -> Path:
     return path
 
 
-def reset() -> bool:
+def reset_tuned() -> bool:
     """Remove what is stored; tells whether there was anything."""
     try:
         tuning_file().unlink()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cospadi.files.durable import storing
+from cospadi.files import storing
 
 
 class Held:

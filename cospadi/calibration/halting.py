@@ -12,7 +12,7 @@ from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.collectors import Collector
 from cospadi.calibration.lockstep import Lockstep
 from cospadi.calibration.nesting import count_tokens, hidden_states, map_tensors
-from cospadi.models.layers import weight_matrix
+from cospadi.models import weight_matrix
 
 
 class _Reached(BaseException):

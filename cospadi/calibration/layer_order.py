@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cospadi.calibration.nesting import count_tokens, map_tensors
 from cospadi.errors import UsageError
-from cospadi.models.layers import Layer, ModelMap
+from cospadi.models import Layer, ModelMap
 
 
 def find_stages(model: nn.Module, mapped: ModelMap, run: Callable[[], Any]) -> list[list[tuple[Layer, ...]]]:

@@ -15,7 +15,7 @@ from cospadi.calibration.backward import GradientPasses
 from cospadi.calibration.labels import Labels, choose_labels, model_output
 from cospadi.calibration.source_statistics import SourceStatistics
 from cospadi.errors import NumericalError, UsageError
-from cospadi.models.layers import Layer, ModelMap
+from cospadi.models import Layer, ModelMap
 
 _PER_HEAD, _PER_GRAM = 2.1, 0.6
 """Multiplications per token that take as long as the head and its loss, over its weights, and as one Gram, over its

@@ -12,7 +12,7 @@ from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.cross_gram import CrossGram
 from cospadi.calibration.halting import BlockPasses
 from cospadi.calibration.layer_order import find_stages
-from cospadi.models.layers import Layer, ModelMap, weight_matrix
+from cospadi.models import Layer, ModelMap, weight_matrix
 
 ROUTED = "other tokens reach the layer than in the dense model: its own weight is the target"
 UNWEIGHTED = "token weights are not applied to a layer that receives a part of the tokens"

@@ -4,11 +4,10 @@ import re
 
 from torch import Tensor, nn
 
-from cospadi.backends.sparse_linear import SparseLinear
+from cospadi.backends import SparseLinear
 from cospadi.errors import UsageError
 from cospadi.evaluation.streaming import StreamedModel
-from cospadi.models import host_memory as heap
-from cospadi.pipeline.memory_plan import BATCH, LIBRARIES, gib, loading_bytes, outside_bytes, resident_bytes
+from cospadi.models import BATCH, LIBRARIES, gib, loading_bytes, outside_bytes, resident_bytes, trim_heap
 
 LOGITS_BYTES = 2**27
 """Of the logits of one batch, as far as a batch has more than one window."""
@@ -48,7 +47,7 @@ def activation_budget(source: StreamedModel, windows: Tensor, size: int, limit: 
     logits = 4 * tokens * config.vocab_size * copies + _CHUNKS
     head = loading_bytes(outside_bytes(source.model, source.blocks)) + logits
     hidden = 4 * config.hidden_size
-    heap.trim()
+    trim_heap()
     baseline = resident_bytes() + LIBRARIES
     least = baseline + max(walking, head) + 2 * tokens * hidden
     if limit < least:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from cospadi.calibration.activations import ActivationCache
+from cospadi.arrays import torch_device
+from cospadi.calibration import ActivationCache
 from cospadi.errors import UsageError
 from cospadi.evaluation.activation_budget import activation_budget
 from cospadi.evaluation.comparison import Protocol
@@ -18,12 +19,10 @@ from cospadi.evaluation.multiple_choice import score_choices
 from cospadi.evaluation.perplexity import batch_nlls, check_windows, summarize
 from cospadi.evaluation.streaming import open_streamed
 from cospadi.executors import Task, make_executor
-from cospadi.formats.checkpoint import QUANT_METHOD
-from cospadi.integrations.compressed_model import load
-from cospadi.models import host_memory as heap
-from cospadi.models.dense_model import model_class, open_model, read_config, read_tokenizer
-from cospadi.pipeline.setup import torch_device
-from cospadi.recipe.resources import Execution
+from cospadi.formats import QUANT_METHOD
+from cospadi.integrations import load
+from cospadi.models import keep_small_heap, model_class, open_model, read_config, read_tokenizer
+from cospadi.recipe import Execution
 
 NO_SAMPLE = "no sample was written: within a limit on memory the whole model would be read for every token of it"
 
@@ -199,7 +198,7 @@ def _measure(part: _Part, progress: Callable[[float], None] | None, device: str,
     _causal_config(part.path)
     checksums = part.first == 0  # one look at the files is enough for all parts
     if part.max_memory is not None:
-        heap.keep_little()
+        keep_small_heap()
         source = open_streamed(part.path, part.backend, torch.device(device), checksums)
         limit = activation_budget(source, protocol.windows, protocol.batch_size, part.max_memory)
         with (

@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cospadi.backends.sparse_linear import sparse_modules
-from cospadi.calibration.activations import ActivationCache
-from cospadi.calibration.lockstep import Lockstep, forward_call
+from cospadi.backends import sparse_modules
+from cospadi.calibration import ActivationCache, Lockstep, forward_call
 from cospadi.evaluation.perplexity import batch_nll
-from cospadi.formats.verify import verify_checkpoint
-from cospadi.integrations.compressed_model import require_checkpoint
-from cospadi.integrations.transformers import CospadiConfig, CospadiQuantizer
-from cospadi.models.dense_model import make_skeleton, open_model, read_config
-from cospadi.models.layers import find_blocks
-from cospadi.models.residency import Residency
-from cospadi.models.weights import FolderWeights, Weights
+from cospadi.formats import verify_checkpoint
+from cospadi.integrations import CospadiConfig, CospadiQuantizer, require_checkpoint
+from cospadi.models import FolderWeights, Residency, Weights, find_blocks, make_skeleton, open_model, read_config
 
 
 @dataclass(frozen=True)

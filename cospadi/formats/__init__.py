@@ -1,1 +1,5 @@
 """How factorisations are stored; the contract is docs/format.md."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,8 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cospadi.errors import CheckpointError
-from cospadi.files.durable import checksum, write_durably
-from cospadi.files.untrusted import file_in, shown
+from cospadi.files import checksum, file_in, shown, write_durably
 
 CHECKSUMS = "SHA256SUMS"
 

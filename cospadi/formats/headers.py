@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cospadi.errors import CheckpointError
-from cospadi.files.untrusted import file_in, parse_object, read_json, shown
+from cospadi.files import file_in, parse_object, read_json, shown
 from cospadi.formats.checkpoint import INDEX, SINGLE
 
 MAX_HEADER_BYTES = 100_000_000

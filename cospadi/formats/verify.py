@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cospadi.errors import CheckpointError
-from cospadi.files.untrusted import one_line, read_json
+from cospadi.files import one_line, read_json
 from cospadi.formats.base import FORMATS
 from cospadi.formats.checkpoint import CheckpointConfig, expected_tensors
 from cospadi.formats.checksums import check_checksums

@@ -7,15 +7,11 @@ from typing import Any
 
 import torch
 
-from cospadi.backends.base import BACKENDS
+from cospadi.backends import BACKENDS
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
-from cospadi.files.untrusted import read_json, shown, stays_inside
-from cospadi.formats.checkpoint import QUANT_METHOD
-from cospadi.formats.checksums import CHECKSUMS
-from cospadi.formats.headers import read_headers
-from cospadi.formats.verify import verify_checkpoint
-from cospadi.models.config_check import opening, refuse_absurd_counts
-from cospadi.models.dense_model import model_class
+from cospadi.files import read_json, shown, stays_inside
+from cospadi.formats import CHECKSUMS, QUANT_METHOD, read_headers, verify_checkpoint
+from cospadi.models import model_class, opening, refuse_absurd_counts
 
 _NOT_COPIED = {"config.json", "generation_config.json", "README.md", "report.json", "recipe.yaml", CHECKSUMS}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".py")

@@ -15,14 +15,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cospadi.backends.base import BACKENDS
-from cospadi.backends.sparse_linear import install, restore_dense, sparse_modules
+from cospadi.backends import BACKENDS, install, restore_dense, sparse_modules
 from cospadi.errors import UnavailableError
-from cospadi.formats.checkpoint import QUANT_METHOD, CheckpointConfig, expected_tensors
-from cospadi.formats.checksums import check_checksums
-from cospadi.formats.headers import read_header
-from cospadi.formats.verify import check_headers
-from cospadi.models.experts import fuse_experts, split_experts
+from cospadi.formats import (
+    QUANT_METHOD,
+    CheckpointConfig,
+    check_checksums,
+    check_headers,
+    expected_tensors,
+    read_header,
+)
+from cospadi.models import fuse_experts, split_experts
 
 
 @register_quantization_config(QUANT_METHOD)

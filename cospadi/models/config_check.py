@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cospadi.errors import CheckpointError, CospadiError
-from cospadi.files.untrusted import one_line, shown
-from cospadi.formats.headers import StoredTensor
+from cospadi.files import one_line, shown
+from cospadi.formats import StoredTensor
 
 _SPARE_BYTES = 64 * 2**20
 

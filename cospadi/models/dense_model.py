@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.errors import NumericalError, UsageError
-from cospadi.files.untrusted import one_line, read_json, shown
-from cospadi.formats.checkpoint import INDEX, SINGLE
-from cospadi.formats.headers import read_headers
+from cospadi.files import one_line, read_json, shown
+from cospadi.formats import INDEX, SINGLE, read_headers
 from cospadi.models.config_check import opening, refuse_absurd_counts, refuse_absurd_sizes
 from cospadi.models.experts import split_experts
 from cospadi.models.layers import find_blocks, oriented

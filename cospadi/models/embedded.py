@@ -7,7 +7,6 @@ under the user's cache folder.
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import CheckpointError, UsageError
+from cospadi.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,6 @@ def embedded_model() -> Path:
 def embedded_encoder() -> Path:
     """Give the folder of all-MiniLM-L6-v2 (float32, no language-model head); see ``embedded_model``."""
     return _cached(_ENCODER, _copy_folder)
-
-
-def cache_folder() -> Path:
-    """Give where converted models are kept: ``$COSPADI_CACHE``, else ``cospadi`` in the user's cache folder."""
-    named = os.environ.get("COSPADI_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cospadi"
 
 
 def _cached(carrier: _Carrier, convert: Callable[[Path, Path], None]) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cospadi.models import host_memory as heap
+from cospadi.models.host_memory import trim_heap
 from cospadi.models.weights import Weights
 
 OUTSIDE = -1
@@ -97,7 +97,7 @@ class Residency:
             for module, own, empty in loaded:
                 _place(module, own, empty)
         self._loaded.clear()
-        heap.trim()
+        trim_heap()
 
     def _run(self, index: int, name: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if index != OUTSIDE:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cospadi.errors import CheckpointError
-from cospadi.formats.headers import StoredTensor, read_headers
+from cospadi.formats import StoredTensor, read_headers
 
 
 class Weights(abc.ABC):

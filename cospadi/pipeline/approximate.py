@@ -7,45 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.allocation.choices import Choice, Factors, Quantized
+from cospadi.allocation import Choice, Factors, Method, Quantized
 from cospadi.arrays import convert
 from cospadi.errors import NumericalError
-from cospadi.formats.factorization import SparseFactorization
-from cospadi.formats.packing import pack_group, unpack_group
-from cospadi.formats.quantization import GRIDS, dequantize, grid_of
-from cospadi.models.groups import Group
-from cospadi.pipeline.work_folder import GroupRecord
-from cospadi.solvers.base import Solver, Status
-from cospadi.solvers.htp import HTP
-from cospadi.solvers.rounding.dense import quantize_dense
-from cospadi.solvers.rounding.factors import round_factors
-from cospadi.solvers.shared import SharedHTP
-from cospadi.solvers.shared_problem import SharedProblem
-from cospadi.solvers.sparse_weight import sparse_weight
-from cospadi.whitening.objective import Objective
-from cospadi.whitening.square_root import output_errors, whitening_from_gram
-
-
-@dataclass(frozen=True)
-class Method:
-    """How groups are factorised and stored.
-
-    Attributes
-    ----------
-    solver_name : str
-        Registry name, for the report.
-    solver : Solver
-        The dictionary solver.
-    format : str
-        How the coefficients are stored.
-    seed : int
-        Of whatever is random in the solver.
-    """
-
-    solver_name: str
-    solver: Solver
-    format: str
-    seed: int
+from cospadi.formats import GRIDS, SparseFactorization, dequantize, grid_of, pack_group, unpack_group
+from cospadi.models import Group
+from cospadi.pipeline.records import GroupRecord
+from cospadi.solvers import HTP, SharedHTP, SharedProblem, Status, sparsify
+from cospadi.solvers.rounding import quantize_dense, round_factors
+from cospadi.whitening import Objective, output_errors, whitening_from_gram
 
 
 @dataclass(frozen=True)
@@ -230,7 +200,7 @@ def _sparsify(choice: Factors, objective: Objective, group: Group) -> Approximat
         convert(matrix.to(torch.float32), library) for matrix in (objective.weight, objective.metric, objective.scales)
     )
     objective.release()
-    coefficients = convert(sparse_weight(weight, metric, choice.n_nonzero * weight.shape[1], scales), "torch")
+    coefficients = convert(sparsify(weight, metric, choice.n_nonzero * weight.shape[1], scales), "torch")
     identity = torch.eye(group.in_features, dtype=coefficients.dtype, device=coefficients.device)
     parts = coefficients.split(group.out_features, dim=1)
     factorization = SparseFactorization(

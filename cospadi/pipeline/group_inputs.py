@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.calibration.cross_gram import CrossGram
-from cospadi.calibration.source_statistics import SourceStatistics
-from cospadi.models.dense_model import OpenModel, open_model
-from cospadi.models.groups import Group
+from cospadi.calibration import CrossGram, SourceStatistics
+from cospadi.models import Group, OpenModel, open_model
 from cospadi.pipeline.statistics_store import Measurements
-from cospadi.recipe.options import CompressionConfig
-from cospadi.whitening.objective import Objective, objective
+from cospadi.recipe import CompressionConfig
+from cospadi.whitening import Objective, build_objective
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class GroupInputs:
             there = copy.copy(statistics[group.layers[0].source])
             there.gram = received.gram
             statistics = {layer.source: there for layer in group.layers}
-        return objective(
+        return build_objective(
             group,
             [self.weights[layer.name] for layer in group.layers],
             statistics,

@@ -6,16 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cospadi.allocation import Method
 from cospadi.events import Listener
 from cospadi.executors import Executor
-from cospadi.models.dense_model import OpenModel
-from cospadi.models.groups import Group
-from cospadi.models.layers import ModelMap
-from cospadi.pipeline.approximate import Method
+from cospadi.models import Group, ModelMap, OpenModel
 from cospadi.pipeline.group_inputs import Reader
 from cospadi.pipeline.memory_plan import Budget
 from cospadi.pipeline.statistics_store import Measurements
-from cospadi.recipe.options import CompressionConfig
+from cospadi.recipe import CompressionConfig
 
 
 @dataclass(frozen=True)

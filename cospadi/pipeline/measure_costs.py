@@ -6,23 +6,30 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from cospadi.allocation.choices import Factors
-from cospadi.allocation.offers import Corrections
-from cospadi.allocation.profile import SPARSE, Families, GroupProfile, Point, is_complete, profile_group
+from cospadi.allocation import (
+    SPARSE,
+    Corrections,
+    Factors,
+    Families,
+    GroupProfile,
+    Method,
+    Point,
+    is_complete,
+    profile_group,
+)
 from cospadi.errors import CheckpointError
 from cospadi.events import Corrected, Profiled
 from cospadi.executors import Task
-from cospadi.formats.packing import pack_group, unpack_group
-from cospadi.formats.quantization import GRIDS, dequantize
-from cospadi.models.groups import Group
+from cospadi.formats import GRIDS, dequantize, pack_group, unpack_group
+from cospadi.models import Group
 from cospadi.pipeline import workload as costs
-from cospadi.pipeline.approximate import Approximation, Method, approximate, rounded
+from cospadi.pipeline.approximate import Approximation, approximate, rounded
 from cospadi.pipeline.group_inputs import GroupInputs
 from cospadi.pipeline.job import Job, cost_is_sensitivity
-from cospadi.recipe.options import CompressionConfig
-from cospadi.solvers.htp import HTP
-from cospadi.solvers.rounding.dense import quantize_dense
-from cospadi.whitening.objective import Objective
+from cospadi.recipe import CompressionConfig
+from cospadi.solvers import HTP
+from cospadi.solvers.rounding import quantize_dense
+from cospadi.whitening import Objective
 
 
 def profile_groups(job: Job, families: Families) -> list[GroupProfile]:

@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from cospadi.calibration.activations import ActivationCache
-from cospadi.calibration.collectors import GramCollector
-from cospadi.calibration.gram import Gram
-from cospadi.calibration.lockstep import Lockstep, forward_call
-from cospadi.calibration.sensitivity import walk_statistics
-from cospadi.calibration.source_statistics import SourceStatistics
+from cospadi.calibration import (
+    ActivationCache,
+    Gram,
+    GramCollector,
+    Lockstep,
+    SourceStatistics,
+    forward_call,
+    walk_statistics,
+)
 from cospadi.events import Calibrated
-from cospadi.executors import Task
-from cospadi.executors.threads import limited_threads
-from cospadi.models.dense_model import OpenModel
-from cospadi.models.layers import ModelMap
+from cospadi.executors import Task, limited_threads
+from cospadi.models import ModelMap, OpenModel
 from cospadi.pipeline.group_inputs import opened
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.statistics_store import Measurements

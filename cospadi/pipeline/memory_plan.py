@@ -1,22 +1,26 @@
 """How much of the host's memory a run takes, told before it begins, and how much of that the activations may have."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from cospadi.errors import UsageError
 from cospadi.events import Predicted
-from cospadi.formats.checkpoint import MAX_SHARD_BYTES
-from cospadi.formats.quantization import grid_of
-from cospadi.models import host_memory as heap
-from cospadi.models.dense_model import OpenModel
-from cospadi.models.groups import Group
-from cospadi.models.layers import ModelMap
-from cospadi.recipe.options import CompressionConfig
+from cospadi.formats import MAX_SHARD_BYTES, grid_of
+from cospadi.models import (
+    BATCH,
+    LIBRARIES,
+    Group,
+    ModelMap,
+    OpenModel,
+    gib,
+    loading_bytes,
+    outside_bytes,
+    resident_bytes,
+    trim_heap,
+)
+from cospadi.recipe import CompressionConfig
 
 _SOLVING = {
     "single-step": (1.9, 2.5, 6.4),
@@ -30,12 +34,8 @@ _SOLVING = {
 """Copies in float64 of a group's Gram, of its weight, and of a square of the weight's lesser side (on the side of the
 outputs of that one) that a way of storing takes at most at a time while it is solved, and so for the profile of all
 ways.  Measured, see benchmarks/solving_memory.py."""
-BATCH = 2.0
-"""Bytes that a batch's way through a block and back takes, over those of the inputs and outputs of its layers."""
 _LOGITS = 3.0
 """The same for the model's head, over its logits."""
-LIBRARIES = 64 * 2**20
-"""What libraries load only when they are first used."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def plan_memory(
     UsageError
         The limit is too low for what cannot be divided; tells the least that is enough.
     """
-    heap.trim()
+    trim_heap()
     baseline = resident_bytes() + LIBRARIES
     on_host = source.device.type == "cpu"
     sequential = config.calibration.order == "sequential"
@@ -187,34 +187,5 @@ def _ways(group: Group, config: CompressionConfig) -> list[str]:
     return found
 
 
-def resident_bytes() -> int:
-    """Give what this process has in memory now; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if sys.platform != "linux" or not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
-
-
 def _block_bytes(source: OpenModel, name: str) -> int:
     return sum(tensor.nbytes for tensor in source.model.get_submodule(name).parameters())
-
-
-def outside_bytes(model: nn.Module, blocks: Sequence[str]) -> list[int]:
-    """Give the bytes of the parameters of each module outside the blocks."""
-    inside = tuple(f"{name}." for name in blocks)
-    return [
-        sum(tensor.nbytes for tensor in module.parameters(recurse=False))
-        for name, module in model.named_modules()
-        if name not in blocks and not name.startswith(inside)
-    ]
-
-
-def loading_bytes(outside: Sequence[int]) -> int:
-    """Give what the largest module outside the blocks takes while it is loaded: as stored, and as it is used."""
-    return int(1.5 * max(outside, default=0))
-
-
-def gib(nbytes: int) -> str:
-    """Give a number of bytes as a text for people."""
-    return f"{nbytes / 2**30:.2f} GiB"

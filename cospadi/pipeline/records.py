@@ -15,11 +15,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from cospadi.errors import CheckpointError, UsageError
-from cospadi.files.durable import is_sound, read_mark, seal, store_payload, unseal, write_durably
-from cospadi.formats.checkpoint import CheckpointConfig
-from cospadi.formats.factorization import GroupSpec
-from cospadi.formats.headers import read_header
-from cospadi.formats.verify import check_headers
+from cospadi.files import is_sound, read_mark, seal, store_payload, unseal, write_durably
+from cospadi.formats import CheckpointConfig, GroupSpec, check_headers, read_header
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.calibration.data import fingerprint, open_text, token_windows
-from cospadi.calibration.lockstep import forward_call
+from cospadi.allocation import Method
+from cospadi.arrays import torch_device
+from cospadi.calibration import fingerprint, forward_call, open_text, token_windows
 from cospadi.errors import UnavailableError, UsageError
-from cospadi.executors import devices_of_workers
-from cospadi.executors.threads import available_threads
-from cospadi.formats.base import FORMATS
-from cospadi.models.dense_model import OpenModel
-from cospadi.models.layers import ModelMap, map_model
-from cospadi.pipeline.approximate import Method
+from cospadi.executors import available_threads, devices_of_workers
+from cospadi.formats import FORMATS
+from cospadi.models import ModelMap, OpenModel, map_model
 from cospadi.pipeline.job import is_sensitive
 from cospadi.pipeline.work_folder import WORK, read_fingerprint
-from cospadi.recipe.options import CompressionConfig
-from cospadi.recipe.resources import Execution
-from cospadi.reporting.report import versions
-from cospadi.solvers.auto import Auto
-from cospadi.solvers.base import SOLVERS
+from cospadi.recipe import CompressionConfig, Execution
+from cospadi.reporting import versions
+from cospadi.solvers import SOLVERS, Auto
 
 
 def choose_method(config: CompressionConfig) -> tuple[Method, str]:
@@ -47,28 +43,6 @@ def choose_method(config: CompressionConfig) -> tuple[Method, str]:
         raise UsageError(f"solver {name!r} has dense coefficients: format {format_name!r} does not fit, use dense")
     FORMATS.get(format_name)
     return Method(name, solver, format_name, config.seed), reason
-
-
-def torch_device(name: str) -> torch.device:
-    """Give the device of a name; ``auto`` is a GPU where there is one.
-
-    Raises
-    ------
-    UsageError
-        There is no such device.
-    UnavailableError
-        Torch finds no such GPU here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise UnavailableError(f"device {name!r} cannot be used: torch finds {found} CUDA GPUs on this machine")
-    return device
 
 
 def calibration_windows(source: OpenModel, config: CompressionConfig) -> Tensor:

@@ -10,25 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.allocation.assignment import Unit
-from cospadi.calibration.activations import ActivationCache
-from cospadi.calibration.cross_gram import CrossGram
-from cospadi.calibration.lockstep import forward_call
-from cospadi.calibration.sequential import SequentialWalk
-from cospadi.calibration.source_statistics import SourceStatistics
+from cospadi.allocation import Method, Unit
+from cospadi.calibration import ActivationCache, CrossGram, SequentialWalk, SourceStatistics, forward_call
 from cospadi.errors import UsageError
 from cospadi.events import GroupFinished, Listener
-from cospadi.executors import Task
-from cospadi.executors.threads import limited_threads
-from cospadi.formats.packing import unpack_group
-from cospadi.models.groups import Group
+from cospadi.executors import Task, limited_threads
+from cospadi.formats import unpack_group
+from cospadi.models import Group
 from cospadi.pipeline import workload as costs
-from cospadi.pipeline.approximate import Method, factorize_group
+from cospadi.pipeline.approximate import factorize_group
 from cospadi.pipeline.group_inputs import GroupInputs
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.records import GroupRecord
 from cospadi.pipeline.work_folder import WorkFolder
-from cospadi.recipe.options import CompressionConfig
+from cospadi.recipe import CompressionConfig
 
 
 @dataclass

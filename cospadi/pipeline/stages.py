@@ -16,20 +16,22 @@ from typing import Any
 
 from torch import Tensor
 
-from cospadi.allocation.assignment import Assignment, allocate, check_plan, families_of, uniform_assignment
-from cospadi.allocation.matching import match_groups, pair_distances
-from cospadi.calibration.data import fingerprint
-from cospadi.calibration.gram import Gram
-from cospadi.calibration.sensitivity import largest_batch
+from cospadi.allocation import (
+    Assignment,
+    allocate,
+    check_plan,
+    families_of,
+    match_groups,
+    pair_distances,
+    uniform_assignment,
+)
+from cospadi.arrays import torch_device
+from cospadi.calibration import Gram, fingerprint, largest_batch
 from cospadi.errors import CheckpointError, UsageError
 from cospadi.events import Listener, Planned, PlannedUnit, Retried, Written
 from cospadi.executors import make_executor
-from cospadi.files.durable import write_durably
-from cospadi.files.untrusted import read_json
-from cospadi.models import host_memory as heap
-from cospadi.models.dense_model import OpenModel, open_model
-from cospadi.models.experts import fuse_experts
-from cospadi.models.groups import Group, form_groups
+from cospadi.files import read_json, write_durably
+from cospadi.models import Group, OpenModel, form_groups, fuse_experts, keep_small_heap, open_model, trim_heap
 from cospadi.pipeline.group_inputs import Reader, SharedFolders, read_inputs
 from cospadi.pipeline.job import Job, is_sensitive
 from cospadi.pipeline.measure_costs import correction_paths, measure_corrections, profile_groups, profile_paths
@@ -45,15 +47,13 @@ from cospadi.pipeline.setup import (
     map_source,
     measurement_facts,
     threads_of,
-    torch_device,
 )
 from cospadi.pipeline.solve_groups import check_order, cost_of, solve
 from cospadi.pipeline.statistics_store import Measurements
 from cospadi.pipeline.work_folder import WorkFolder, check_output, clear_finished, is_finished
 from cospadi.pipeline.write_checkpoint import write_checkpoint
-from cospadi.recipe.options import CompressionConfig
-from cospadi.recipe.resources import Execution
-from cospadi.reporting.report import Report, machine, totals, versions, write_report
+from cospadi.recipe import CompressionConfig, Execution
+from cospadi.reporting import Report, machine, totals, versions, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def compress(
     if resume and is_finished(out):
         return _finished(out, config, tell)
     if execution.max_memory is not None:
-        heap.keep_little()
+        keep_small_heap()
     method, reason = choose_method(config)
     device = torch_device(config.device)
     threads = threads_of(out, device, execution)
@@ -300,7 +300,7 @@ class _Times:
     def of(self, stage: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        heap.trim()
+        trim_heap()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
         self._folder.note("seconds", self.seconds)
 

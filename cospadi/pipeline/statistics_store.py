@@ -13,9 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from cospadi.calibration.source_statistics import SourceStatistics
+from cospadi.calibration import SourceStatistics
 from cospadi.errors import CheckpointError
-from cospadi.files.durable import (
+from cospadi.files import (
     checksum,
     file_name,
     make_folder,

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from cospadi.errors import CheckpointError, UsageError
-from cospadi.files.durable import make_folder, remove_left_overs, seal, storing, unseal, write_durably
-from cospadi.files.lock import Lock, holder
-from cospadi.formats.checkpoint import INDEX, SINGLE
+from cospadi.files import Lock, holder, make_folder, remove_left_overs, seal, storing, unseal, write_durably
+from cospadi.formats import INDEX, SINGLE
 from cospadi.pipeline.records import GroupRecord, Records
 
 WORK = ".cospadi-work"
@@ -237,5 +236,4 @@ __all__ = [
     "check_output",
     "fields",
     "read_fingerprint",
-    "write_durably",
 ]

@@ -8,11 +8,9 @@ elsewhere.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cospadi.allocation.choices import Choice, Factors, Quantized
-from cospadi.allocation.profile import SPARSE, Families, sizes
-from cospadi.formats.quantization import grid_of
-from cospadi.solvers.base import Solver
-from cospadi.solvers.htp import HTP, START_ALTERNATIONS
+from cospadi.allocation import SPARSE, Choice, Factors, Families, Quantized, sizes
+from cospadi.formats import grid_of
+from cospadi.solvers import HTP, START_ALTERNATIONS, Solver
 
 _OUTPUT_SHARES = (1.0, 0.6, 0.3)
 """Sizes at which ``profile`` tries dictionaries on the side of the outputs."""

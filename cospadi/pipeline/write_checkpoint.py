@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from cospadi.errors import CheckpointError
-from cospadi.formats.checkpoint import CheckpointConfig, ShardWriter
-from cospadi.formats.checksums import CHECKSUMS, write_checksums
-from cospadi.models.dense_model import OpenModel
+from cospadi.formats import CHECKSUMS, CheckpointConfig, ShardWriter, write_checksums
+from cospadi.models import OpenModel
 from cospadi.pipeline.records import GroupRecord, Records
-from cospadi.reporting.report import versions
+from cospadi.reporting import versions
 
 
 def write_checkpoint(

@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cospadi.backends.tuning import processor_name
-from cospadi.pipeline.work_folder import write_durably
+from cospadi.backends import processor_name
+from cospadi.files import write_durably
 from cospadi.reporting.model_card import model_card
 
 Report = dict[str, Any]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from cospadi.arrays import Array, namespace
-from cospadi.solvers.updates import squared_columns, unit_columns
+from cospadi.solvers.updates import quotient, squared_columns, unit_columns
 
 
 def update_atoms_arrays(A: Array, S: Array, residual: Array, power_iterations: int) -> tuple[Array, Array, Array]:
@@ -123,9 +123,9 @@ def _block_jointly(A: Array, S: Array, residual: Array) -> tuple[Array, Array]:
     H = S @ S.T
     energies = xp.linalg.diagonal(H)
     P = residual @ S.T
-    D = P * _quotient(xp.ones_like(energies), energies)[None, :]
+    D = P * quotient(xp.ones_like(energies), energies)[None, :]
     # <R, D S> and ||D S||^2 from the small matrices
-    length = _quotient(xp.sum(P * D), xp.sum(D * (D @ H)))
+    length = quotient(xp.sum(P * D), xp.sum(D * (D @ H)))
     U, sizes = unit_columns(A + length * D)
     used = (energies > 0) & (sizes > 0)
     U = xp.where(used[None, :], U, A)
@@ -134,7 +134,7 @@ def _block_jointly(A: Array, S: Array, residual: Array) -> tuple[Array, Array]:
     correlations = U.T @ residual + (U.T @ A) @ S - (U.T @ U) @ rows
     step = correlations * xp.astype(S != 0, S.dtype)
     image = (U.T @ U) @ step
-    lengths = _quotient(squared_columns(step), xp.sum(step * image, axis=0))
+    lengths = quotient(squared_columns(step), xp.sum(step * image, axis=0))
     return U, rows + lengths[None, :] * step
 
 
@@ -162,9 +162,3 @@ def _over_blocks(
             residual = change
             A[:, part], S[part, :] = new_atoms, new_rows
     return A, S * unit, residual * unit
-
-
-def _quotient(a: Array, b: Array) -> Array:
-    xp = namespace(a, b)
-    positive = b > 0
-    return xp.where(positive, a / xp.where(positive, b, xp.ones_like(b)), xp.zeros_like(a))

@@ -15,6 +15,7 @@ from array_api_compat import device
 from cospadi.arrays import Array, convert, library_of, namespace, on_cpu
 from cospadi.errors import UnavailableError, UsageError
 from cospadi.registry import nearest
+from cospadi.solvers.conjugate_gradients import conjugate_gradients
 from cospadi.solvers.updates import hard_threshold
 
 PIVOT_ROUNDINGS = 100
@@ -206,8 +207,6 @@ class GeneralizedOMP(Coder):
 
     def encode(self, dictionary: Array, target: Array, n_nonzero: int) -> Coding:
         """Code the columns of a target; see ``Coder.encode``."""
-        from cospadi.solvers.htp import conjugate_gradients  # which imports this module
-
         xp = namespace(dictionary, target)
         gram, start = dictionary.T @ dictionary, dictionary.T @ target
         noise = NOISE_ROUNDINGS * float(xp.finfo(target.dtype).eps) * xp.max(xp.abs(start), axis=0)[None, :]

@@ -5,7 +5,7 @@ from array_api_compat import device
 
 from cospadi.arrays import Array, convert, namespace
 from cospadi.solvers.coders import Coder
-from cospadi.solvers.htp import conjugate_gradients
+from cospadi.solvers.conjugate_gradients import conjugate_gradients
 from cospadi.solvers.updates import hard_threshold, least_squares_dictionary, squared_columns, unit_columns
 
 SAMPLE_COLUMNS = 64

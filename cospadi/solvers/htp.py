@@ -10,6 +10,7 @@ from cospadi.arrays import Array, namespace
 from cospadi.errors import UsageError
 from cospadi.solvers.base import Solution, Solver, Status
 from cospadi.solvers.coders import BatchOMP
+from cospadi.solvers.conjugate_gradients import column_steps, conjugate_gradients
 from cospadi.solvers.metric_pursuit import pursue_in_metric
 from cospadi.solvers.orthogonal import alternate
 from cospadi.solvers.updates import (
@@ -143,59 +144,5 @@ def overcomplete_start(Y: Array, n_atoms: int, n_nonzero: int, seed: int) -> tup
     return A, BatchOMP().encode(A, Y, n_nonzero).coefficients
 
 
-def conjugate_gradients(G: Array, C: Array, S: Array, steps: int) -> Array:
-    """Approach min ||y - A s||^2 on the support of each column (Hestenes, Stiefel 1952); the support is kept.
-
-    Parameters
-    ----------
-    G : array, shape (n_atoms, n_atoms)
-        A^T A.
-    C : array, shape (n_atoms, n_columns)
-        A^T (Y - A S).
-    S : array, shape (n_atoms, n_columns)
-    steps : int
-
-    Returns
-    -------
-    S : array
-        The error of no column has risen.
-    """
-    xp = namespace(G, S)
-    mask = xp.astype(S != 0, S.dtype)
-    residual = C * mask
-    direction = residual
-    energy = squared_columns(residual)
-    for _ in range(steps):
-        image = (G @ direction) * mask
-        length = column_steps(energy, direction, image)[None, :]
-        S = S + length * direction
-        residual = residual - length * image
-        previous, energy = energy, squared_columns(residual)
-        direction = residual + _quotient(energy, previous)[None, :] * direction
-    return S
-
-
 def _inner(U: Array, V: Array) -> Array:
     return namespace(U).sum(U * V)
-
-
-def _inner_columns(U: Array, V: Array) -> Array:
-    return namespace(U).sum(U * V, axis=0)
-
-
-def column_steps(energy: Array, direction: Array, image: Array) -> Array:
-    """Give energy / <direction, image> of each column: the step to the minimum, zero where there is no curvature.
-
-    With atoms of unit norm a curvature of a few roundings is that of a null direction: a step along it is noise.
-    """
-    xp = namespace(direction)
-    floor = 64 * float(xp.finfo(direction.dtype).eps) * squared_columns(direction)
-    curvature = _inner_columns(direction, image)
-    return _quotient(energy, xp.where(curvature > floor, curvature, xp.zeros_like(curvature)))
-
-
-def _quotient(a: Array, b: Array) -> Array:
-    """Divide, giving zero where the denominator is not positive: columns that are solved already."""
-    xp = namespace(a, b)
-    positive = b > 0
-    return xp.where(positive, a / xp.where(positive, b, xp.ones_like(b)), xp.zeros_like(a))

@@ -16,11 +16,13 @@ from typing import Literal, final
 
 from cospadi.arrays import Array, convert, library_of, namespace
 from cospadi.errors import NumericalError, UsageError
-from cospadi.solvers.base import Problem, Solver, Status
-from cospadi.solvers.htp import HTP, conjugate_gradients
+from cospadi.solvers.base import Solver, Status
+from cospadi.solvers.conjugate_gradients import conjugate_gradients
+from cospadi.solvers.htp import HTP
 from cospadi.solvers.shared_problem import RelativeLayer, SharedProblem, relative_layers
 from cospadi.solvers.sylvester import Fit, closed_form_dictionary, iterative_dictionary
 from cospadi.solvers.updates import hard_threshold, squared_columns, unit_columns
+from cospadi.whitening import Problem
 
 
 @dataclass(frozen=True)

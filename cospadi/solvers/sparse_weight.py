@@ -13,14 +13,14 @@ non-zeros are spread over the columns by what their errors cost.
 import numpy as np
 
 from cospadi.arrays import Array, eigh, library_of, namespace
-from cospadi.solvers.htp import conjugate_gradients
+from cospadi.solvers.conjugate_gradients import conjugate_gradients
 
 _FIRST_PENALTY, _LAST_PENALTY = 0.05, 4.0
 """On the distance between the free and the sparse iterate, for a Gram with a unit diagonal: the supports settle while
 it is small, and are final when it is large."""
 
 
-def sparse_weight(
+def sparsify(
     W: Array,
     G: Array,
     n_nonzero: int,

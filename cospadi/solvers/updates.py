@@ -192,3 +192,10 @@ def _contiguous(array: Array) -> Array:
     if library_of(array) == "numpy":
         return np.ascontiguousarray(array)
     return array.contiguous() if library_of(array) == "torch" else array
+
+
+def quotient(a: Array, b: Array) -> Array:
+    """Divide, giving zero where the denominator is not positive: columns that are solved already."""
+    xp = namespace(a, b)
+    positive = b > 0
+    return xp.where(positive, a / xp.where(positive, b, xp.ones_like(b)), xp.zeros_like(a))

@@ -16,11 +16,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from cospadi.calibration.gram import Gram
-from cospadi.calibration.source_statistics import SourceStatistics
+from cospadi.calibration import Gram, SourceStatistics
 from cospadi.errors import NumericalError
-from cospadi.models.groups import Group
-from cospadi.solvers.base import Problem
+from cospadi.models import Group
+from cospadi.whitening.problem import Problem
 from cospadi.whitening.square_root import Whitening, column_errors, corrected_weight, whitening_from_gram
 
 _LEAST_WEIGHT = 1e-6
@@ -116,7 +115,7 @@ class Objective:
         return sum(self.harms(approximation))
 
 
-def objective(
+def build_objective(
     group: Group,
     weights: Sequence[Tensor],
     statistics: Mapping[str, SourceStatistics],

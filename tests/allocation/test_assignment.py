@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cospadi.allocation.assignment import STRATEGIES, allocate, check_plan, families_of, uniform_assignment
-from cospadi.allocation.choices import Factors, Quantized
+from cospadi.allocation.choices import Factors, Method, Quantized
 from cospadi.allocation.offers import Corrections, menu
 from cospadi.allocation.profile import SPARSE
 from cospadi.calibration.source_statistics import SourceStatistics
@@ -14,14 +14,14 @@ from cospadi.formats.base import FORMATS
 from cospadi.formats.packing import group_bits, pack_group, unpack_group
 from cospadi.models.groups import Group
 from cospadi.models.layers import Layer
-from cospadi.pipeline.approximate import Method, approximate, rounded
+from cospadi.pipeline.approximate import approximate, rounded
 from cospadi.pipeline.group_inputs import GroupInputs
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.measure_costs import measure_corrections, profile_groups
 from cospadi.pipeline.statistics_store import Measurements
 from cospadi.recipe.options import CompressionConfig
 from cospadi.solvers.base import SOLVERS
-from cospadi.whitening.objective import objective
+from cospadi.whitening.objective import build_objective
 
 WIDTH = 24
 SHAPES = {"q": 20, "k": 8, "up": 40, "down": 23}
@@ -77,7 +77,7 @@ class World:
     def objective(self, config, group):
         weights = [self.weights[layer.name] for layer in group.layers]
         weighted = config.cost == "sensitivity"
-        return objective(group, weights, self.statistics, config.damping, column_weights=weighted)
+        return build_objective(group, weights, self.statistics, config.damping, column_weights=weighted)
 
     def job(self, config, measurements, own=None, groups=None, tell=lambda event: None):
         """What planning sees of a run: no model, but what reads the inputs of its groups."""

@@ -19,10 +19,10 @@ from cospadi.formats.factorization import SparseFactorization
 from cospadi.formats.packing import pack_group, unpack_group
 from cospadi.models.groups import Group
 from cospadi.models.layers import Layer
-from cospadi.solvers.base import Problem
 from cospadi.solvers.svd import SVD
 from cospadi.solvers.updates import hard_threshold, leading_left_singular_vectors, least_squares_dictionary
-from cospadi.whitening.objective import objective
+from cospadi.whitening.objective import build_objective
+from cospadi.whitening.problem import Problem
 
 QUANTIZED = ("int8", "int6g64", "int4g64", "int3g32")
 NOTHING = Corrections()
@@ -48,7 +48,7 @@ def group_objective(width=24, widths=(20,), seed=0, tokens=200, weighted=True):
         own.layers[layer.name].add(normal(seed + 2 + i, tokens, layer.out_features) * sizes_of(layer))
         own.layers[layer.name].n_tokens = tokens
     weights = [normal(seed + 50 + i, width, out) for i, out in enumerate(widths)]
-    return objective(Group(layers), weights, {"b.0": own}, 1e-6, column_weights=weighted)
+    return build_objective(Group(layers), weights, {"b.0": own}, 1e-6, column_weights=weighted)
 
 
 def families(**options):
@@ -323,7 +323,7 @@ def test_an_expert_without_tokens_has_a_menu():
     layer = Layer("b.0", 0, "k0", "b.0", 12, 10, False)
     own = SourceStatistics("b.0", 12, {"b.0": 10})
     own.n_tokens = 50
-    given = objective(Group((layer,)), [normal(0, 12, 10)], {"b.0": own}, 1e-6, column_weights=True)
+    given = build_objective(Group((layer,)), [normal(0, 12, 10)], {"b.0": own}, 1e-6, column_weights=True)
     profile = profile_group(given, "k0", families())
     assert profile.energy == pytest.approx(0.5 * float(given.weight.square().sum()) / 50)
     assert all(0 < harm < 0.1 * profile.energy for (harm,) in profile.quantized.values())

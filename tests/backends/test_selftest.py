@@ -8,9 +8,9 @@ from itertools import count
 import pytest
 import torch
 
-from cospadi.backends import selftest
 from cospadi.backends.base import BACKENDS, Backend, Placement
 from cospadi.backends.selftest import gpu
+from cospadi.backends.selftest import run_checks as selftest
 from cospadi.backends.selftest.examples import example
 from cospadi.backends.selftest.findings import guarded
 from cospadi.backends.selftest.learners import ksvd

@@ -33,7 +33,7 @@ def entry(most=7, dtype=BF16, **changed):
 
 def test_what_is_stored_is_found_for_its_place_only():
     assert tuning.options_for("cpu", CPU, BF16) == {}
-    path = tuning.store([entry(7), entry(9, F32)])
+    path = tuning.store_tuned([entry(7), entry(9, F32)])
     assert path == tuning.tuning_file()
     assert tuning.options_for("cpu", CPU, BF16) == {"max_tokens": 7}
     assert tuning.options_for("cpu", CPU, F32) == {"max_tokens": 9}
@@ -44,18 +44,18 @@ def test_what_is_stored_is_found_for_its_place_only():
 
 @pytest.mark.parametrize("changed", [{"device": "Z80"}, {"threads": 77}, {"torch": "0.1"}, {"cospadi": "0.0"}], ids=str)
 def test_another_machine_or_version_takes_the_shipped_thresholds(changed):
-    tuning.store([entry(7, **changed)])
-    assert len(tuning.stored()) == 1
+    tuning.store_tuned([entry(7, **changed)])
+    assert len(tuning.stored_tuned()) == 1
     assert tuning.options_for("cpu", CPU, BF16) == {}
 
 
 def test_threads_are_those_that_torch_has_now():
-    tuning.store([entry(7)])
+    tuning.store_tuned([entry(7)])
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
         assert tuning.options_for("cpu", CPU, BF16) == {}
-        tuning.store([entry(8)])
+        tuning.store_tuned([entry(8)])
         assert tuning.options_for("cpu", CPU, BF16) == {"max_tokens": 8}
     finally:
         torch.set_num_threads(before)
@@ -63,20 +63,20 @@ def test_threads_are_those_that_torch_has_now():
 
 
 def test_measuring_again_replaces_and_keeps_the_rest(cache):
-    tuning.store([entry(7), entry(9, F32)])
-    tuning.store([entry(11)])
-    assert {one.dtype: one.options["max_tokens"] for one in tuning.stored()} == {"bfloat16": 11, "float32": 9}
+    tuning.store_tuned([entry(7), entry(9, F32)])
+    tuning.store_tuned([entry(11)])
+    assert {one.dtype: one.options["max_tokens"] for one in tuning.stored_tuned()} == {"bfloat16": 11, "float32": 9}
     assert [file.name for file in cache.iterdir()] == ["tuning.json"]
 
 
 def test_what_was_given_is_not_shared():
-    tuning.store([entry(7)])
+    tuning.store_tuned([entry(7)])
     tuning.options_for("cpu", CPU, BF16)["max_tokens"] = 99
     assert tuning.options_for("cpu", CPU, BF16) == {"max_tokens": 7}
 
 
 def test_an_interrupted_write_leaves_the_old_file_whole(cache, monkeypatch):
-    path = tuning.store([entry(7)])
+    path = tuning.store_tuned([entry(7)])
     before = path.read_bytes()
 
     def interrupt(*_):
@@ -84,7 +84,7 @@ def test_an_interrupted_write_leaves_the_old_file_whole(cache, monkeypatch):
 
     monkeypatch.setattr(tuning.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        tuning.store([entry(8)])
+        tuning.store_tuned([entry(8)])
     assert path.read_bytes() == before
     assert [file.name for file in cache.iterdir()] == ["tuning.json"]
 
@@ -93,15 +93,15 @@ def test_a_cache_folder_that_cannot_be_written_is_a_usage_error(tmp_path, monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COSPADI_CACHE", str(tmp_path / "file"))
     with pytest.raises(UsageError, match="COSPADI_CACHE"):
-        tuning.store([entry()])
+        tuning.store_tuned([entry()])
     assert tuning.options_for("cpu", CPU, BF16) == {}
 
 
 def test_reset_removes_all():
-    assert not tuning.reset()
-    tuning.store([entry()])
-    assert tuning.reset()
-    assert tuning.stored() == ()
+    assert not tuning.reset_tuned()
+    tuning.store_tuned([entry()])
+    assert tuning.reset_tuned()
+    assert tuning.stored_tuned() == ()
     assert tuning.options_for("cpu", CPU, BF16) == {}
 
 
@@ -146,14 +146,14 @@ def test_a_damaged_file_is_warned_of_once_and_ignored(cache, caplog, damage):
     (record,) = caplog.records
     assert "damaged" in record.getMessage()
     assert "cospadi-cli tune" in record.getMessage()
-    tuning.store([entry(5)])
+    tuning.store_tuned([entry(5)])
     assert tuning.options_for("cpu", CPU, BF16) == {"max_tokens": 5}
 
 
 def test_bytes_that_are_no_text_are_damage_too(cache, caplog):
     cache.mkdir()
     tuning.tuning_file().write_bytes(b"\xff\xfe\x00{")
-    assert tuning.stored() == ()
+    assert tuning.stored_tuned() == ()
     assert "damaged" in caplog.text
 
 
@@ -172,7 +172,7 @@ def needs_cpu_kernels():
 def test_auto_runs_the_chosen_backend_with_what_was_measured():
     needs_cpu_kernels()
     assert auto.AutoBackend().resolve(Placement(CPU, BF16)) == CpuBackend()
-    tuning.store([entry(7)])
+    tuning.store_tuned([entry(7)])
     assert auto.AutoBackend().resolve(Placement(CPU, BF16)) == CpuBackend(max_tokens=7)
     assert auto.AutoBackend().resolve(Placement(CPU, F32)) == CpuBackend()
     assert "max_tokens=7 (measured)" in auto.explain("auto", CPU, BF16)

@@ -300,13 +300,13 @@ def test_tune_shows_and_removes(run, quick):
     assert run("tune", "--reset").stdout == "Removed.\n"
     assert run("tune", "--reset").stdout == "Nothing is stored.\n"
     assert json.loads(run("tune", "--reset", "--json").stdout) == {"removed": False}
-    assert tuning.stored() == ()
+    assert tuning.stored_tuned() == ()
 
 
 def test_thresholds_hold_for_the_threads_that_were_asked_for(run, quick):
     more = torch.get_num_threads() + 1
     assert run("tune", "--device", "cpu", "--threads", more, "--quiet").exit_code == 0
-    assert {one.threads for one in tuning.stored()} == {more}
+    assert {one.threads for one in tuning.stored_tuned()} == {more}
     assert tuning.options_for("cpu", torch.device("cpu"), torch.float32) == {}
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from cospadi.backends import selftest
+from cospadi.backends.selftest import run_checks as selftest
 from cospadi.backends.selftest.findings import Check
 from tests.cli.conftest import error_line
 

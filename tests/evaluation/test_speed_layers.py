@@ -21,7 +21,7 @@ def has_handwritten():
 
 
 def measured(world, **changed):
-    settings = kernels.Settings(((64, 48),), **{"tokens": (1, 5), "repeats": 3, **changed})
+    settings = kernels.LayerSettings(((64, 48),), **{"tokens": (1, 5), "repeats": 3, **changed})
     told = []
     figures = kernels.measure_kernels(settings, told.append, world.clock)
     assert told
@@ -90,7 +90,9 @@ def test_auto_says_what_it_chose(cache, world, small, priced):
 @pytest.mark.parametrize("dtype", [BF16, F32, torch.float16], ids=str)
 def test_layers_are_measured_for_real(small, dtype):
     """With the machine's clock and all products as they are; each is checked against float64 on the way."""
-    settings = kernels.Settings(((64, 48), (33, 70)), tokens=(1, 5, 40), dtypes=(dtype,), repeats=2, turn_seconds=0.01)
+    settings = kernels.LayerSettings(
+        ((64, 48), (33, 70)), tokens=(1, 5, 40), dtypes=(dtype,), repeats=2, turn_seconds=0.01
+    )
     figures = kernels.measure_kernels(settings)
     assert all(row["relative_error"] < 0.02 for row in figures["rows"])
     assert all(0 < row["low"] <= row["microseconds"] <= row["high"] for row in figures["rows"])

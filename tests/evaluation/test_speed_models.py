@@ -20,7 +20,7 @@ def checkpoint(tmp_path_factory):
 
 def settings_of(made, **changed):
     few = {"dtypes": (F32,), "prompt_tokens": 12, "new_tokens": 3, "repeats": 3, "backends": ("reference",)}
-    return endtoend.Settings(str(made.folder), **{**few, "memory": False, **changed})
+    return endtoend.ModelSettings(str(made.folder), **{**few, "memory": False, **changed})
 
 
 def test_models_are_measured_by_the_same_loop(checkpoint, world, monkeypatch):
@@ -111,9 +111,9 @@ def test_models_that_cannot_be_measured_are_refused_before_anything_is_loaded(ch
     loaded = []
     monkeypatch.setattr(endtoend, "open_loaded", lambda wanted: loaded.append(wanted))
     with pytest.raises(UsageError, match="dense model"):
-        endtoend.measure_model(endtoend.Settings(str(tmp_path / "dense")))
+        endtoend.measure_model(endtoend.ModelSettings(str(tmp_path / "dense")))
     with pytest.raises(UsageError, match="no such folder"):
-        endtoend.measure_model(endtoend.Settings(str(tmp_path / "absent")))
+        endtoend.measure_model(endtoend.ModelSettings(str(tmp_path / "absent")))
     with pytest.raises(UsageError, match="unknown backend"):
         endtoend.measure_model(settings_of(checkpoint, backends=("cudda",)))
     assert loaded == []

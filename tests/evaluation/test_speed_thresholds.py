@@ -72,7 +72,7 @@ def test_crossovers_are_found_and_stored_for_auto(cache, world, small, monkeypat
     assert max(bf16) == 96
     assert max(n for dtype, n in seen if dtype == F32) < 32
     assert len(told) == 3
-    tuning.store(crossover.to_store(CPU, found))
+    tuning.store_tuned(crossover.to_store(CPU, found))
     for dtype, most in ((BF16, 24), (F32, 2), (torch.float16, 1024)):
         assert AutoBackend().resolve(Placement(CPU, dtype)) == cpu_backend.CpuBackend(max_tokens=most)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cospadi.errors import CheckpointError, UsageError
+from cospadi.files.user_cache import cache_folder
 from cospadi.models import embedded
-from cospadi.models.embedded import cache_folder, embedded_encoder, embedded_model
+from cospadi.models.embedded import embedded_encoder, embedded_model
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ import pytest
 
 from cospadi.errors import UsageError
 from cospadi.solvers.admm import ADMM
-from cospadi.solvers.base import Problem, relative_error
+from cospadi.solvers.base import relative_error
 from cospadi.solvers.htp import HTP, first_factors
+from cospadi.whitening.problem import Problem
 from tests.helpers_solvers import whitened_like
 
 

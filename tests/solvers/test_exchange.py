@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from cospadi.errors import UsageError
 from cospadi.solvers.alternating import initial_dictionary
-from cospadi.solvers.base import SOLVERS, Problem
+from cospadi.solvers.base import SOLVERS
 from cospadi.solvers.coders import BatchOMP, GeneralizedOMP
 from cospadi.solvers.exchange import better_columns, exchange_atoms, least_squares_refit, polished, pursuit_pays
 from cospadi.solvers.htp import HTP
 from cospadi.solvers.ksvd import NumpyKSVD, TorchKSVD
 from cospadi.solvers.mod import MOD
 from cospadi.solvers.updates import hard_threshold, squared_columns
+from cospadi.whitening.problem import Problem
 from tests.helpers_solvers import as_library, error, planted, product, unit, whitened_like
 
 PAPER = {"block": 1, "power_iterations": 8, "pursue_every": 1}

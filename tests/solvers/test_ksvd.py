@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.solvers.alternating import initial_dictionary
-from cospadi.solvers.base import Problem, Status
+from cospadi.solvers.base import Status
 from cospadi.solvers.coders import BatchOMP, SklearnOMP
 from cospadi.solvers.kernels import update_atoms
 from cospadi.solvers.ksvd import NumpyKSVD, TorchKSVD, update_atoms_arrays
 from cospadi.solvers.mod import MOD
+from cospadi.whitening.problem import Problem
 from tests.helpers_solvers import StrictKSVD, as_library, error, planted, product, unit, whitened_like
 
 

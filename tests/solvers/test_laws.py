@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import NumericalError, UsageError
-from cospadi.solvers.base import SOLVERS, Problem, relative_error
+from cospadi.solvers.base import SOLVERS, relative_error
+from cospadi.whitening.problem import Problem
 from tests.helpers_solvers import NAMES, OVERCOMPLETE, SPARSE, error, product, solve, solver, whitened_like
 
 LEAST_SQUARES = [name for name in NAMES if name != "orthogonal"]

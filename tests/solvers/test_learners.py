@@ -5,11 +5,13 @@ import pytest
 
 from cospadi.errors import UnavailableError
 from cospadi.solvers import coders
-from cospadi.solvers.base import SOLVERS, Problem
-from cospadi.solvers.htp import HTP, conjugate_gradients
+from cospadi.solvers.base import SOLVERS
+from cospadi.solvers.conjugate_gradients import conjugate_gradients
+from cospadi.solvers.htp import HTP
 from cospadi.solvers.orthogonal import Orthogonal
 from cospadi.solvers.single_step import SingleStep
 from cospadi.solvers.svd import SVD
+from cospadi.whitening.problem import Problem
 from tests.helpers_solvers import as_library, error, product, unit, whitened_like
 
 

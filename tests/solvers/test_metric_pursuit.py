@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import NumericalError, UsageError
-from cospadi.solvers.base import SOLVERS, Problem
+from cospadi.solvers.base import SOLVERS
 from cospadi.solvers.htp import HTP
 from cospadi.solvers.metric_pursuit import conjugate_gradients_in_metric
+from cospadi.whitening.problem import Problem
 from tests.helpers_solvers import NAMES, as_library, planted, product, solver, whitened_like
 
 

@@ -9,7 +9,7 @@ from cospadi.calibration.source_statistics import SourceStatistics
 from cospadi.errors import NumericalError
 from cospadi.models.groups import Group
 from cospadi.models.layers import Layer
-from cospadi.whitening.objective import objective
+from cospadi.whitening.objective import build_objective
 
 DAMPING = 1e-6
 
@@ -56,7 +56,7 @@ class Case:
 
     def objective(self, **options):
         given = {"column_weights": True} | options
-        return objective(self.group, self.weights, self.statistics, DAMPING, **given)
+        return build_objective(self.group, self.weights, self.statistics, DAMPING, **given)
 
     def brute(self, V, weighted=True, tokens=None):
         """Half the mean over the run's tokens of the sum of f_j times the squared error of output j."""
@@ -194,7 +194,7 @@ def test_members_of_another_order_have_the_same_harms_in_that_order():
     V = normal(5, 5, 7)
     forth = case.objective().harms(V)
     turned = Group((case.layers[1], case.layers[0]))
-    back = objective(turned, case.weights[::-1], case.statistics, DAMPING, column_weights=True).harms(
+    back = build_objective(turned, case.weights[::-1], case.statistics, DAMPING, column_weights=True).harms(
         torch.cat([V[:, 4:], V[:, :4]], dim=1)
     )
     assert back[::-1] == pytest.approx(forth, rel=1e-12)

@@ -23,9 +23,7 @@ from cospadi.backends.bitmap import as_bitmask
 from cospadi.backends.cpu import library
 from cospadi.backends.dense_products import is_identity, placed, projected, without_strings
 from cospadi.errors import CospadiError, UnavailableError, UsageError
-from cospadi.formats.base import PackedCoefficients, PackedDictionary
-from cospadi.formats.bitmask import count_bits
-from cospadi.formats.values import read_values
+from cospadi.formats import PackedCoefficients, PackedDictionary, count_bits, read_values
 from cospadi.registry import Availability
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}

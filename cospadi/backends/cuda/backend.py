@@ -25,7 +25,7 @@ from cospadi.backends.dense_products import (
     without_strings,
 )
 from cospadi.errors import UsageError
-from cospadi.formats.base import PackedCoefficients, PackedDictionary
+from cospadi.formats import PackedCoefficients, PackedDictionary
 from cospadi.registry import Availability
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cospadi.backends.cuda.arguments import Argument, address_of, letter_of
-from cospadi.backends.cuda.driver import Kernel, Module, Size
+from cospadi.backends.cuda.loaded_code import Kernel, Module, Size
 from cospadi.backends.cuda.nvrtc import KernelError
 
 _NUMPY = {"i": np.int32, "f": np.float32}

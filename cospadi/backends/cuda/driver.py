@@ -3,7 +3,6 @@
 Where NVRTC is missing but cupy is installed, cupy compiles and starts the same source.
 """
 
-import abc
 import ctypes
 import functools
 import importlib.util
@@ -18,65 +17,16 @@ import torch
 
 from cospadi.backends.cuda import nvrtc
 from cospadi.backends.cuda.arguments import Argument, ArgumentMemory
+from cospadi.backends.cuda.loaded_code import Kernel, Module, Size
 from cospadi.backends.cuda.nvrtc import KernelError
 from cospadi.errors import UnavailableError
 from cospadi.registry import Availability
 
-Size: TypeAlias = tuple[int, int, int]
-"""Of a grid in blocks, or of a block in threads: x, y, z."""
 Loader: TypeAlias = Literal["driver", "cupy"]
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 
 logger = logging.getLogger(__name__)
-
-
-class Kernel(abc.ABC):
-    """A kernel on one GPU."""
-
-    @abc.abstractmethod
-    def launch(self, grid: Size, block: Size, shared_bytes: int, args: tuple[Argument, ...]) -> None:
-        """Queue the kernel on torch's current stream.
-
-        Waits for nothing and takes no memory of the GPU, so that CUDA graphs can capture it.
-
-        Parameters
-        ----------
-        grid, block : tuple of three int
-        shared_bytes : int
-            Dynamic shared memory of a block; more than 48 KiB must have been asked for with ``allow_shared``.
-        args : tuple of Tensor, int, float or None
-            See ``Argument``.  Tensors must lie on the kernel's GPU.
-
-        Raises
-        ------
-        KernelError
-            An argument does not fit, or the driver refuses.
-        """
-
-    @abc.abstractmethod
-    def allow_shared(self, shared_bytes: int) -> None:
-        """Let blocks have that much dynamic shared memory.
-
-        Raises
-        ------
-        KernelError
-            The GPU has less.
-        """
-
-
-class Module(abc.ABC):
-    """The kernels of one source on one GPU."""
-
-    @abc.abstractmethod
-    def kernel(self, name: str) -> Kernel:
-        """Give a kernel by its ``extern "C"`` name, loaded onto the GPU; before a CUDA graph is captured, that is.
-
-        Raises
-        ------
-        KernelError
-            There is none of this name.
-        """
 
 
 def availability() -> Availability:

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cospadi.backends.bitmap import Bitmap
-from cospadi.formats.base import PackedDictionary
-from cospadi.formats.bitmask import pack_bits, unpack_bits
+from cospadi.formats import PackedDictionary, pack_bits, unpack_bits
 
 TILE = 16
 """Columns of a slab."""

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from cospadi.backends.base import Placement
-from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
-from cospadi.formats.dictionary import pack_dictionary, unpack_dictionary
+from cospadi.formats import FORMATS, PackedCoefficients, PackedDictionary, pack_dictionary, unpack_dictionary
 
 VALUE_DTYPES = ("bfloat16", "int8")
 

@@ -3,7 +3,8 @@
 import torch
 
 from cospadi.backends.selftest.findings import Check, Findings, guarded
-from cospadi.solvers.base import SOLVERS, Problem
+from cospadi.solvers import SOLVERS
+from cospadi.whitening import Problem
 
 PAPER = {"block": 1, "power_iterations": 8, "pursue_every": 1}
 """Atoms one after the other: numpy has its own compiled loop for them, which the other arrays are compared with."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cospadi.backends.base import BACKENDS, Backend, Placement
+from cospadi.backends import BACKENDS, Backend, Placement
 from cospadi.evaluation.speed.kept_bytes import extra_bytes
 from cospadi.evaluation.speed.problems import Layer
 from cospadi.evaluation.speed.timing import Call, Rotation
@@ -148,10 +148,10 @@ def _dense_products(placement: Placement) -> Iterator[tuple[str, Callable[[Tenso
     """Give the dense products that exist here, as functions of the weight and x."""
     yield DENSE, _linear
     if placement.device.type == "cpu" and placement.dtype == torch.bfloat16 and BACKENDS.availability("cpu"):
-        from cospadi.backends.cpu import backend, library
+        from cospadi.backends.cpu import dense_bf16, levels
 
-        if "avx512" in library.levels():
-            yield HANDWRITTEN, backend.dense_bf16
+        if "avx512" in levels():
+            yield HANDWRITTEN, dense_bf16
 
 
 def _linear(weight: Tensor, x: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from functools import partial
 
 import torch
 
-from cospadi.backends.base import BACKENDS, Placement
-from cospadi.backends.tuning import Tuned, tuned
+from cospadi.backends import BACKENDS, Placement, Tuned, tuned
 from cospadi.errors import UnavailableError
 from cospadi.evaluation.speed.contenders import n_copies, prepare, products
 from cospadi.evaluation.speed.machine import cache_bytes

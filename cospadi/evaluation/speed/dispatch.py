@@ -5,12 +5,10 @@ from typing import Any
 
 import torch
 
-from cospadi.backends.base import BACKENDS, Placement
-from cospadi.backends.sparse_linear import SparseLinear, build_group
+from cospadi.backends import BACKENDS, Placement, SparseLinear, build_group
 from cospadi.evaluation.speed.problems import FORMAT, Layer, LayerSize, random_inputs, random_layer
 from cospadi.evaluation.speed.timing import Clock, Rotation, clock_of, take_turns
-from cospadi.formats.dictionary import dictionary_dtype_of, dictionary_tensors
-from cospadi.formats.factorization import GroupSpec, MemberSpec
+from cospadi.formats import GroupSpec, MemberSpec, dictionary_dtype_of, dictionary_tensors
 
 _CALLS = 200
 """Calls of a turn; one alone takes less than a clock can tell."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from cospadi.backends.sparse_linear import restore_dense
+from cospadi.backends import restore_dense
 from cospadi.errors import UsageError
-from cospadi.formats.checkpoint import QUANT_METHOD
-from cospadi.integrations.compressed_model import load
-from cospadi.models.dense_model import model_class, read_config
+from cospadi.formats import QUANT_METHOD
+from cospadi.integrations import load
+from cospadi.models import model_class, read_config
 
 DENSE = "dense"
 

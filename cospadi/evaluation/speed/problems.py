@@ -6,10 +6,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cospadi.allocation.budget import DENSE_BITS, Budget, GroupShape
+from cospadi.allocation import DENSE_BITS, Budget, GroupShape
 from cospadi.errors import UsageError
-from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
-from cospadi.formats.dictionary import dictionary_dtype_of, pack_dictionary, unpack_dictionary
+from cospadi.formats import (
+    FORMATS,
+    PackedCoefficients,
+    PackedDictionary,
+    dictionary_dtype_of,
+    pack_dictionary,
+    unpack_dictionary,
+)
 
 FORMAT = "bitmask"
 

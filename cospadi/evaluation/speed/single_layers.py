@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.backends.auto import explain
-from cospadi.backends.base import BACKENDS, Backend, Placement
+from cospadi.backends import BACKENDS, Backend, Placement, explain
 from cospadi.errors import NumericalError, UnavailableError
 from cospadi.evaluation.speed.contenders import BASELINES, Contender, contenders_of, graphed
 from cospadi.evaluation.speed.dispatch import dispatch
@@ -32,7 +31,7 @@ _WORST_ERROR = 0.1
 
 
 @dataclass(frozen=True)
-class Settings:
+class LayerSettings:
     """What to measure.
 
     Attributes
@@ -143,13 +142,13 @@ class Row:
 
 @torch.no_grad()
 def measure_kernels(
-    settings: Settings, tell: Callable[[str], None] = lambda text: None, clock: Clock | None = None
+    settings: LayerSettings, tell: Callable[[str], None] = lambda text: None, clock: Clock | None = None
 ) -> dict[str, Any]:
     """Measure layers.
 
     Parameters
     ----------
-    settings : Settings
+    settings : LayerSettings
     tell : callable
         Receives a line per layer.
     clock : Clock, optional
@@ -204,7 +203,7 @@ def measure_kernels(
     }
 
 
-def _backends(settings: Settings, dtype: torch.dtype) -> tuple[dict[str, Backend], list[dict[str, str]]]:
+def _backends(settings: LayerSettings, dtype: torch.dtype) -> tuple[dict[str, Backend], list[dict[str, str]]]:
     """Give the backends that can run, and the others with the reason."""
     placement = Placement(settings.device, dtype)
     found: dict[str, Backend] = {}
@@ -228,7 +227,7 @@ def _rows(
     contenders: list[Contender],
     size: LayerSize,
     x: Tensor,
-    settings: Settings,
+    settings: LayerSettings,
     clock: Clock,
     rates: dict[str, Any],
 ) -> Iterator[Row]:

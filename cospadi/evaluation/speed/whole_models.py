@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.backends.auto import explain
-from cospadi.backends.base import BACKENDS
-from cospadi.backends.sparse_linear import sparse_modules
+from cospadi.backends import BACKENDS, explain, sparse_modules
 from cospadi.errors import NumericalError, UnavailableError
 from cospadi.evaluation.speed.greedy import Run, random_prompt
 from cospadi.evaluation.speed.loaded import Loaded, open_loaded
 from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 from cospadi.evaluation.speed.timing import Clock, clock_of, median_ratio, spread
-from cospadi.integrations.compressed_model import require_checkpoint
+from cospadi.integrations import require_checkpoint
 
 METHOD = (
     "greedy, one sequence, random prompt; a plain loop over model(input_ids, past_key_values) for all models alike, "
@@ -29,7 +27,7 @@ METHOD = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModelSettings:
     """What to measure.
 
     Attributes
@@ -118,13 +116,13 @@ class Row:
 
 
 def measure_model(
-    settings: Settings, tell: Callable[[str], None] = lambda text: None, clock: Clock | None = None
+    settings: ModelSettings, tell: Callable[[str], None] = lambda text: None, clock: Clock | None = None
 ) -> dict[str, Any]:
     """Measure a compressed model beside the dense one.
 
     Parameters
     ----------
-    settings : Settings
+    settings : ModelSettings
     tell : callable
         Receives a line per step.
     clock : Clock, optional
@@ -188,7 +186,7 @@ def describe(model: torch.nn.Module) -> list[str]:
 def _rows(
     models: dict[str, Any],
     memory: dict[str, dict[str, Any]],
-    settings: Settings,
+    settings: ModelSettings,
     dtype: torch.dtype,
     clock: Clock,
 ) -> list[Row]:

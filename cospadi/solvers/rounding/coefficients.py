@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cospadi.errors import NumericalError, UsageError
-from cospadi.formats.quantization import Grid, dequantize, quantize, representable_scales
+from cospadi.formats import Grid, dequantize, quantize, representable_scales
 from cospadi.solvers.rounding.descent import Quadratic, descend
 from cospadi.solvers.rounding.scales import best_scales, power_of_two
 

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from cospadi.errors import UsageError
-from cospadi.formats.quantization import GRIDS
+from cospadi.formats import GRIDS
 from cospadi.solvers.rounding.gptq import RoundedRows, nearest_rows, round_rows
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cospadi.formats.quantization import Grid, representable_scales
+from cospadi.formats import Grid, representable_scales
 
 _BLOCK = 64  # numbers between two matrix products: small enough for the cache, large enough for the products
 

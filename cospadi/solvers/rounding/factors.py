@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from cospadi.errors import NumericalError, UsageError
-from cospadi.formats.quantization import dequantize, grid_of, quantize
-from cospadi.formats.values import round_values
-from cospadi.solvers.htp import conjugate_gradients
+from cospadi.formats import dequantize, grid_of, quantize, round_values
+from cospadi.solvers.conjugate_gradients import conjugate_gradients
 from cospadi.solvers.rounding.coefficients import require_column_scales, round_coefficients
 from cospadi.solvers.rounding.gptq import round_rows
 from cospadi.solvers.rounding.scales import power_of_two, search_scales

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cospadi.errors import NumericalError
-from cospadi.formats.quantization import Grid, dequantize, quantize, representable_scales
+from cospadi.formats import Grid, dequantize, quantize, representable_scales
 
 FloatArray = NDArray[np.float32]
 

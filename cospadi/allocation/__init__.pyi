@@ -1,0 +1,32 @@
+from .assignment import Assignment, Unit, allocate, check_plan, families_of, uniform_assignment
+from .budget import DENSE_BITS, Budget, GroupShape
+from .choices import Choice, Factors, Method, Quantized
+from .matching import match_groups, pair_distances
+from .offers import Corrections
+from .profile import SPARSE, Families, GroupProfile, Point, is_complete, profile_group, sizes
+
+__all__ = [
+    "DENSE_BITS",
+    "SPARSE",
+    "Assignment",
+    "Budget",
+    "Choice",
+    "Corrections",
+    "Factors",
+    "Families",
+    "GroupProfile",
+    "GroupShape",
+    "Method",
+    "Point",
+    "Quantized",
+    "Unit",
+    "allocate",
+    "check_plan",
+    "families_of",
+    "is_complete",
+    "match_groups",
+    "pair_distances",
+    "profile_group",
+    "sizes",
+    "uniform_assignment",
+]

@@ -1,0 +1,26 @@
+from .activations import ActivationCache
+from .collectors import GramCollector
+from .cross_gram import CrossGram
+from .data import EMBEDDED_EVALUATION, fingerprint, open_text, token_windows
+from .gram import Gram
+from .lockstep import Lockstep, forward_call
+from .sensitivity import largest_batch, walk_statistics
+from .sequential import SequentialWalk
+from .source_statistics import SourceStatistics
+
+__all__ = [
+    "EMBEDDED_EVALUATION",
+    "ActivationCache",
+    "CrossGram",
+    "Gram",
+    "GramCollector",
+    "Lockstep",
+    "SequentialWalk",
+    "SourceStatistics",
+    "fingerprint",
+    "forward_call",
+    "largest_batch",
+    "open_text",
+    "token_windows",
+    "walk_statistics",
+]
