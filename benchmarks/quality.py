@@ -146,7 +146,7 @@ def measure(source, name, ratio, calibration, texts, dense, cache):
         "perplexity_over_dense": found,
         "chosen": chosen(report),
         "allocation": report["allocation"],
-        "solved_harm": sum(row["harm"] for row in report["groups"]),
+        "solved_loss_increase": sum(row["loss_increase"] for row in report["groups"]),
         "mean_relative_error": totals["mean_relative_error"],
         "seconds": {"all": seconds, **stages},
     }

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-_STAGES = {"calibrating": "inputs", "profiling": "groups", "correcting": "sorts of layers", "solving": "units"}
+_STAGES = {"calibrating": "inputs", "profiling": "groups", "correcting": "layer kinds", "solving": "units"}
 """What each stage of a run goes through."""
 
 

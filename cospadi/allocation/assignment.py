@@ -39,7 +39,7 @@ class Unit:
     choice : Factors or Quantized
         Not dense.
     predicted : float or None
-        The harm that the allocation reckoned with; None for formulas that reckon with none, and where the solver weighs
+        The loss increase that the allocation counted on; None for formulas without one, and where the solver weighs
         errors otherwise.
     """
 
@@ -156,7 +156,7 @@ def allocate(
     found: Allocation = STRATEGIES[config.allocation]().allocate(menus, capacity_for(menus, config.ratio))
     units: list[Unit] = []
     dense: list[Group] = []
-    # The solver may weigh errors otherwise than the allocation does: then their harms do not compare.
+    # The solver may weigh errors otherwise than the allocation does: then their increases do not compare.
     comparable = config.column_weights == (config.cost == "sensitivity")
     for group, profile, entry in zip(groups, profiles, found.entries, strict=True):
         choice: Choice = entry.choice
@@ -181,7 +181,7 @@ def _costed(menu: Menu, profile: GroupProfile, config: CompressionConfig) -> Men
 
 
 def _per_cost(profile: GroupProfile, config: CompressionConfig) -> float:
-    """Give the harm that one unit of the recipe's cost stands for."""
+    """Give the loss increase that one unit of the recipe's cost stands for."""
     return max(profile.energy, 1e-300) if config.cost == "relative-error" else 1.0
 
 

@@ -23,7 +23,7 @@ class Entry:
     bits : int
         What it takes on disk, with mask, indices and scales.
     cost : float
-        Predicted harm, zero for the dense weights; only sums and comparisons within one allocation matter.
+        Predicted loss increase, zero for the dense weights; only sums and comparisons within one allocation matter.
     choice : Any
         What the caller needs to carry it out; allocation never looks at it.
     """

@@ -1,4 +1,4 @@
-"""What may be chosen for a group, from its profile: every way of storing it with its bytes and its predicted harm."""
+"""What may be chosen for a group: every way of storing it with its bytes and its predicted loss increase."""
 
 import json
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ class Corrections:
     Attributes
     ----------
     solved : dict of str to float
-        Harm by the solver over that of the profile, by "sort side", with the groups' ``GroupProfile.sort``.
+        Loss increase by the solver over that of the profile, by "kind side", with ``GroupProfile.group_kind``.
     rounded : dict of str to float
-        Harm added by rounding factors to a dtype over the group's energy, by "sort side dtype".
+        Loss increase added by rounding factors to a dtype over the group's energy, by "kind side dtype".
     quantized : dict of str to float
-        Harm of the weights rounded with regard to errors over that of rounding to nearest, by "sort dtype".
+        Loss increase of the weights rounded with regard to errors over that of rounding to nearest, by "kind dtype".
     """
 
     solved: dict[str, float] = field(default_factory=dict)
@@ -51,29 +51,29 @@ class Corrections:
         """
         try:
             data = json.loads(text)
-            parts = {key: {str(sort): float(value) for sort, value in data[key].items()} for key in asdict(cls())}
+            parts = {key: {str(kind): float(value) for kind, value in data[key].items()} for key in asdict(cls())}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"not saved corrections ({error})") from error
         return cls(**parts)
 
-    def solving(self, sort: str, side: str) -> float:
+    def solving(self, kind: str, side: str) -> float:
         """Give the factor for factors of one side; 1 where nothing was measured."""
-        return self.solved.get(f"{sort} {side}", 1.0)
+        return self.solved.get(f"{kind} {side}", 1.0)
 
-    def rounding(self, sort: str, model: Factors) -> float:
+    def rounding(self, kind: str, model: Factors) -> float:
         """Give what rounding adds to factors, as a fraction of the energy."""
         place = SPARSE if model.dictionary_dtype == "none" else model.side
-        return self.rounded.get(f"{sort} {place} {model.value_dtype}", 0.0)
+        return self.rounded.get(f"{kind} {place} {model.value_dtype}", 0.0)
 
-    def weights(self, sort: str, dtype: str) -> float:
+    def weights(self, kind: str, dtype: str) -> float:
         """Give the factor for weights in a dtype."""
-        return self.quantized.get(f"{sort} {dtype}", 1.0)
+        return self.quantized.get(f"{kind} {dtype}", 1.0)
 
 
 def menu(
     profile: GroupProfile, families: Families, format: str, corrections: Corrections, convention: str = "honest"
 ) -> Menu:
-    """List every way of storing one group with its bits and its predicted harm.
+    """List every way of storing one group with its bits and its predicted loss increase.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def menu(
     format : str
         Registry name of the coefficients' format.
     corrections : Corrections
-        Ratios of the real solver's harm to the profile's.
+        Ratios of the real solver's loss increase to the profile's.
     convention : {"honest", "paper"}
         Whether the mask counts; see ``Budget``.
     """
@@ -98,10 +98,10 @@ def menu(
         offered = families if side == "input" else families.for_outputs()
         for value_dtype, dictionary_dtype in families.dtypes:
             model = Factors(0, 0, side, value_dtype, dictionary_dtype)  # type: ignore[arg-type]
-            extra = corrections.rounding(profile.sort, model) * profile.energy
-            for (k, s), harm in _curves(points, offered):
+            extra = corrections.rounding(profile.group_kind, model) * profile.energy
+            for (k, s), increase in _curves(points, offered):
                 choice = replace(model, n_atoms=k, n_nonzero=s)
-                cost = harm * corrections.solving(profile.sort, side) + extra
+                cost = increase * corrections.solving(profile.group_kind, side) + extra
                 entries.append(Entry(factor_bits(choice, profile, codec, convention), cost, choice))
     entries += _quantized_entries(profile, families, corrections)
     useful = [e for e in entries if e.bits < profile.dense_bits or e.cost == 0]
@@ -133,31 +133,33 @@ def interpolation_errors(profile: GroupProfile, families: Families) -> NDArray[n
     for name, side in families.curves(profile.in_features, profile.out_features).items():
         points = profile.points[name]
         if side == SPARSE:
-            curve = ErrorCurve.through([p.n_nonzero for p in points], [p.harm for p in points])
+            curve = ErrorCurve.through([p.n_nonzero for p in points], [p.loss_increase for p in points])
             found.append(curve.leave_one_out())
             continue
         for rho in (families if side == "input" else families.for_outputs()).rhos:
             along = along_atoms(points, rho, families)
             if len(along) > 2:
-                found.append(ErrorCurve.through([p.n_atoms for p in along], [p.harm for p in along]).leave_one_out())
+                found.append(
+                    ErrorCurve.through([p.n_atoms for p in along], [p.loss_increase for p in along]).leave_one_out()
+                )
     return np.concatenate(found) if found else np.zeros(0)
 
 
 def _curves(points: Sequence[Point], families: Families) -> list[tuple[tuple[int, int], float]]:
-    """Interpolate the harm: along the atoms for each rho, and along the non-zeros of a complete dictionary."""
+    """Interpolate the loss increase: along the atoms for each rho, and along the non-zeros of a complete dictionary."""
     most = max(p.n_atoms for p in points)
     found: dict[tuple[int, int], float] = {}
     for rho in families.rhos if families.sparse else (1.0,):
         along = along_atoms(points, rho, families)
-        curve = ErrorCurve.through([p.n_atoms for p in along], [p.harm for p in along])
+        curve = ErrorCurve.through([p.n_atoms for p in along], [p.loss_increase for p in along])
         between = _between(along[0].n_atoms, most)
-        for k, harm in zip(between, curve(between).tolist(), strict=True):
-            found[(k, max(1, int(k / rho)) if families.sparse else k)] = harm
+        for k, increase in zip(between, curve(between).tolist(), strict=True):
+            found[(k, max(1, int(k / rho)) if families.sparse else k)] = increase
     complete = sorted((p for p in points if p.n_atoms == most), key=lambda p: p.n_nonzero)
     if families.sparse and len(complete) > 1:
-        curve = ErrorCurve.through([p.n_nonzero for p in complete], [p.harm for p in complete])
+        curve = ErrorCurve.through([p.n_nonzero for p in complete], [p.loss_increase for p in complete])
         between = _between(complete[0].n_nonzero, complete[-1].n_nonzero)
-        found |= {(most, s): harm for s, harm in zip(between, curve(between).tolist(), strict=True)}
+        found |= {(most, s): increase for s, increase in zip(between, curve(between).tolist(), strict=True)}
     return list(found.items())
 
 
@@ -169,15 +171,15 @@ def _sparse_entries(
     profile: GroupProfile, families: Families, codec: Format, corrections: Corrections, convention: str
 ) -> list[Entry]:
     points, d = profile.points[SPARSE], profile.in_features
-    curve = ErrorCurve.through([p.n_nonzero for p in points], [p.harm for p in points])
+    curve = ErrorCurve.through([p.n_nonzero for p in points], [p.loss_increase for p in points])
     entries = []
     for value_dtype, _ in families.dtypes:
         model = Factors(d, 0, "input", value_dtype, "none")
-        extra = corrections.rounding(profile.sort, model) * profile.energy
+        extra = corrections.rounding(profile.group_kind, model) * profile.energy
         between = _between(points[0].n_nonzero, points[-1].n_nonzero)
-        for s, harm in zip(between, curve(between).tolist(), strict=True):
+        for s, increase in zip(between, curve(between).tolist(), strict=True):
             choice = replace(model, n_nonzero=s)
-            cost = harm * corrections.solving(profile.sort, SPARSE) + extra
+            cost = increase * corrections.solving(profile.group_kind, SPARSE) + extra
             entries.append(Entry(factor_bits(choice, profile, codec, convention), cost, choice))
     return entries
 
@@ -191,7 +193,7 @@ def _quantized_entries(profile: GroupProfile, families: Families, corrections: C
         ways = [(dense, 0.0, DENSE)]
         for dtype in families.quantized:
             bits = dictionary_bits(width, profile.in_features, dtype) + identity.bits(width, width, 0, "none")
-            cost = profile.quantized[dtype][index] * corrections.weights(profile.sort, dtype)
+            cost = profile.quantized[dtype][index] * corrections.weights(profile.group_kind, dtype)
             ways.append((bits, cost, dtype))
         joined = [
             Entry(entry.bits + bits, entry.cost + cost, (*entry.choice, dtype))

@@ -1,6 +1,6 @@
 """What each way of storing a group would cost, estimated cheaply.
 
-A profile holds, for a coarse grid of sizes, the predicted harm (see ``objective.py``) of factors found without
+A profile holds, for a coarse grid of sizes, the predicted loss increase (see ``objective.py``) of factors found without
 iterations, and that of rounding the weights themselves.  It does not depend on the ratio asked for, so one profile
 serves any number of budgets.
 """
@@ -92,11 +92,11 @@ class Families:
 
 @dataclass(frozen=True)
 class Point:
-    """The predicted harm of factors of one size."""
+    """The predicted loss increase of factors of one size."""
 
     n_atoms: int
     n_nonzero: int
-    harm: float
+    loss_increase: float
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class GroupProfile:
     out_features : tuple of int
         Of each member.
     energy : float
-        Harm of outputs of zero.
+        Loss increase of outputs of zero.
     points : dict of str to tuple of Point
         By the names of ``Families.curves``.
     quantized : dict of str to tuple of float
-        By dtype, the harm of each member.
+        By dtype, the loss increase of each member.
     spectrum : tuple of float
         Singular values of the whitened target.
     """
@@ -130,7 +130,7 @@ class GroupProfile:
     spectrum: tuple[float, ...] = ()
 
     @property
-    def sort(self) -> str:
+    def group_kind(self) -> str:
         """What groups have in common that one correction serves: the kind and the number of members."""
         return f"{self.kind}x{len(self.out_features)}"
 
@@ -155,7 +155,7 @@ class GroupProfile:
         try:
             data: dict[str, Any] = json.loads(text)
             data["points"] = {side: tuple(Point(**p) for p in points) for side, points in data["points"].items()}
-            data["quantized"] = {dtype: tuple(harms) for dtype, harms in data["quantized"].items()}
+            data["quantized"] = {dtype: tuple(increases) for dtype, increases in data["quantized"].items()}
             data["out_features"], data["spectrum"] = tuple(data["out_features"]), tuple(data["spectrum"])
             return cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -173,7 +173,7 @@ def profile_group(
     earlier profile of the group knows is taken over.
     """
     if known is None:
-        energy = objective.harm(torch.zeros_like(objective.weight))
+        energy = objective.loss_increase(torch.zeros_like(objective.weight))
         known = GroupProfile(objective.name, kind, objective.weight.shape[0], objective.widths, energy)
     points, quantized = dict(known.points), dict(known.quantized)
     make = {SPARSE: _sparse_points, "input": _input_points, "output": _output_points}
@@ -182,7 +182,7 @@ def profile_group(
             points[name] = make[side](objective, families)
     for dtype in families.quantized:
         if dtype not in quantized:
-            quantized[dtype] = _rounding_harms(objective, dtype)
+            quantized[dtype] = _rounding_increases(objective, dtype)
     values = _spectrum(objective) if spectrum and not known.spectrum else known.spectrum
     return replace(known, points=points, quantized=quantized, spectrum=values)
 
@@ -256,10 +256,10 @@ def _output_points(objective: Objective, families: Families) -> tuple[Point, ...
     return tuple(found)
 
 
-def _rounding_harms(objective: Objective, dtype: str) -> tuple[float, ...]:
+def _rounding_increases(objective: Objective, dtype: str) -> tuple[float, ...]:
     grid = grid_of(dtype)
     assert grid is not None
-    harms = []
+    increases = []
     parts = objective.weight.split(objective.widths, dim=1)
     scales = objective.scales.split(objective.widths)
     for part, scale, gram in zip(parts, scales, objective.grams, strict=True):
@@ -267,8 +267,8 @@ def _rounding_harms(objective: Objective, dtype: str) -> tuple[float, ...]:
         error = rows - dequantize(*quantize(rows, grid), grid)
         diagonal = gram.diagonal() if bool(gram.any()) else torch.ones_like(gram.diagonal())
         per_output = error.square().to(torch.float64) @ diagonal
-        harms.append(_half_per_token(float(per_output @ scale.square()), objective))
-    return tuple(harms)
+        increases.append(_half_per_token(float(per_output @ scale.square()), objective))
+    return tuple(increases)
 
 
 def _spectrum(objective: Objective) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""What calibration keeps of a backward pass: how much the loss minds errors in each layer's output."""
+"""What calibration keeps of a backward pass: the sensitivity of the loss to errors in each layer's output."""
 
 import json
 from collections.abc import Mapping

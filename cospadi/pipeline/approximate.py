@@ -53,7 +53,7 @@ def factorize_group(
     method : Method
         Solver, format, seed.
     predicted : float, optional
-        The harm that the allocation reckoned with.
+        The loss increase that the allocation reckoned with.
 
     Returns
     -------
@@ -116,8 +116,10 @@ def factorize_group(
         "damping": objective.whitening.damping,
         "note": objective.whitening.note,
         "relative_error": (lost / norm) ** 0.5 if norm > 0 else 0.0,
-        "predicted_harm": predicted,
-        "harm": objective.harm(torch.cat([approximations[layer.name] for layer in group.layers], dim=1)),
+        "predicted_loss_increase": predicted,
+        "loss_increase": objective.loss_increase(
+            torch.cat([approximations[layer.name] for layer in group.layers], dim=1)
+        ),
         "bytes": sum(m["bytes"] for m in members),
         "dense_bytes": 2 * group.in_features * sum(group.out_features),
         "paper_bytes": _paper_bytes(choice, group, sum(m.n_stored for m in spec.members), members),

@@ -70,12 +70,12 @@ class Job:
 
     @property
     def sensitive(self) -> bool:
-        """Whether the recipe needs to know how much the loss minds errors."""
+        """Whether the recipe needs sensitivities."""
         return is_sensitive(self.config)
 
 
 def is_sensitive(config: CompressionConfig) -> bool:
-    """Tell whether a recipe needs to know how much the loss minds errors."""
+    """Tell whether a recipe needs sensitivities."""
     return config.column_weights or config.token_weights or cost_is_sensitivity(config)
 
 

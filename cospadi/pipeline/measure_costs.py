@@ -67,17 +67,17 @@ def profile_groups(job: Job, families: Families) -> list[GroupProfile]:
 
 
 def measure_corrections(job: Job, families: Families, profiles: Sequence[GroupProfile]) -> Corrections:
-    """Solve the middle group of each sort at one size, and compare with what the profile says of it."""
+    """Solve the middle group of each kind at one size, and compare with what the profile says of it."""
     config, method = job.config, job.method
-    facts, middle = _correction_facts(job, families), _middle_of_sorts(profiles)
+    facts, middle = _correction_facts(job, families), _middle_of_kinds(profiles)
     work = [
         costs.correcting(job.groups[index].in_features, job.groups[index].out_features, families, method.solver)
         for index in middle.values()
     ]
     found: dict[int, Corrections] = {}
     tasks, pending = [], []
-    for number, (sort, index) in enumerate(middle.items()):
-        kept = _kept(job, f"corrections-{sort}", facts, Corrections.from_json)
+    for number, (kind, index) in enumerate(middle.items()):
+        kept = _kept(job, f"corrections-{kind}", facts, Corrections.from_json)
         if kept is not None:
             found[number] = kept
             job.tell(Corrected(len(found), len(middle), True, work_done=_at(work, found), work_total=sum(work)))
@@ -86,12 +86,12 @@ def measure_corrections(job: Job, families: Families, profiles: Sequence[GroupPr
             _corrections, config, cost_is_sensitivity(config), job.groups[index], profiles[index], families, method
         )
         tasks.append(Task(job.groups[index].name, work[number], run, job.reader(job.groups[index])))
-        pending.append((number, sort))
+        pending.append((number, kind))
     if pending:
         job.tell(Corrected(len(found), len(middle), work_done=_at(work, found), work_total=sum(work)))
     for done, corrections in job.executor.run(tasks):
-        number, sort = pending[done]
-        job.measurements.keep_text(f"corrections-{sort}", facts, corrections.to_json())
+        number, kind = pending[done]
+        job.measurements.keep_text(f"corrections-{kind}", facts, corrections.to_json())
         found[number] = corrections
         job.tell(Corrected(len(found), len(middle), work_done=_at(work, found), work_total=sum(work)))
     joined = Corrections()
@@ -149,22 +149,22 @@ def profile_paths(job: Job) -> list[str]:
 
 
 def correction_paths(job: Job, families: Families, profiles: Sequence[GroupProfile]) -> list[str]:
-    """Give where the corrections of each sort are kept once they are known."""
+    """Give where the corrections of each kind are kept once they are known."""
     facts = _correction_facts(job, families)
-    sorts = _middle_of_sorts(profiles)
-    return [str(job.measurements.text_path(f"corrections-{sort}", facts).absolute()) for sort in sorts]
+    kinds = _middle_of_kinds(profiles)
+    return [str(job.measurements.text_path(f"corrections-{kind}", facts).absolute()) for kind in kinds]
 
 
 def _correction_facts(job: Job, families: Families) -> dict[str, Any]:
     return {"families": asdict(families), "solver": repr(job.method), **_weighting(job.config)}
 
 
-def _middle_of_sorts(profiles: Sequence[GroupProfile]) -> dict[str, int]:
-    """Give the index of the middle group of each sort."""
-    by_sort: dict[str, list[int]] = {}
+def _middle_of_kinds(profiles: Sequence[GroupProfile]) -> dict[str, int]:
+    """Give the index of the middle group of each kind."""
+    by_kind: dict[str, list[int]] = {}
     for index, profile in enumerate(profiles):
-        by_sort.setdefault(profile.sort, []).append(index)
-    return {sort: indices[len(indices) // 2] for sort, indices in by_sort.items()}
+        by_kind.setdefault(profile.group_kind, []).append(index)
+    return {kind: indices[len(indices) // 2] for kind, indices in by_kind.items()}
 
 
 def _name(group: Group) -> str:
@@ -194,27 +194,27 @@ def _correct(
     for name, side in families.curves(profile.in_features, profile.out_features).items():
         points = profile.points[name]
         point = points[len(points) // 2] if side == SPARSE else _middle(points, families)
-        exact = objective.harm(_free(point, side, objective, group, quick).factorization.joined())
-        if point.harm > 0:
-            corrections.solved[f"{profile.sort} {side}"] = exact / point.harm
+        exact = objective.loss_increase(_free(point, side, objective, group, quick).factorization.joined())
+        if point.loss_increase > 0:
+            corrections.solved[f"{profile.group_kind} {side}"] = exact / point.loss_increase
         # What rounding adds shows where the factors themselves lose least; elsewhere it drowns in their own error.
         finest = max(points, key=lambda p: (p.n_atoms, p.n_nonzero))
         found = _free(finest, side, objective, group, quick)
-        exact = objective.harm(found.factorization.joined())
+        exact = objective.loss_increase(found.factorization.joined())
         for value_dtype, learned_dtype in families.dtypes:
             dictionary_dtype = "none" if side == SPARSE else learned_dtype
             stored = replace(_choice(finest, side), value_dtype=value_dtype, dictionary_dtype=dictionary_dtype)
             packed = rounded(stored, found, objective).factorization
             spec, tensors = pack_group(packed, method.format, value_dtype, {}, group.shared_input, dictionary_dtype)
-            added = objective.harm(unpack_group(spec, tensors).joined()) - exact
-            key = f"{profile.sort} {side} {value_dtype}"
+            added = objective.loss_increase(unpack_group(spec, tensors).joined()) - exact
+            key = f"{profile.group_kind} {side} {value_dtype}"
             corrections.rounded[key] = max(added, 0.0) / profile.energy if profile.energy > 0 else 0.0
     for dtype in families.quantized:
         nearest = math.fsum(profile.quantized[dtype])
         rows = quantize_dense(objective.weight.T, objective.metric, dtype)
         if nearest > 0:
             weight = dequantize(rows.values, rows.scales, GRIDS[dtype]).T
-            corrections.quantized[f"{profile.sort} {dtype}"] = objective.harm(weight) / nearest
+            corrections.quantized[f"{profile.group_kind} {dtype}"] = objective.loss_increase(weight) / nearest
 
 
 def _choice(point: Point, side: str) -> Factors:

@@ -90,9 +90,9 @@ class CompressionConfig(_Strict):
         ``identity`` takes no bytes: the weight itself becomes sparse.  ``auto`` lets the allocation choose, and is
         ``learned`` for the uniform one.
     column_weights : bool
-        Weigh each output in the solver by how much the loss minds its errors.
+        Weigh each output in the solver by the sensitivity of the loss to its errors.
     token_weights : bool
-        Weigh each calibration token by how much the loss minds errors there.
+        Weigh each calibration token by the sensitivity of the loss to errors there.
     side : {"auto", "input", "output"}
         Side of the weight that the dictionary is on.  ``output`` factors the transpose, for layers that share no
         dictionary, with solvers that can; the uniform allocation knows ``input`` only.

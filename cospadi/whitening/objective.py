@@ -1,4 +1,4 @@
-"""What a group's approximation is judged by: the error of its outputs, weighted by how much the model's loss minds it.
+"""What a group's approximation is judged by: the error of its outputs, weighted by the sensitivity of the model's loss.
 
 With g the gradient of the loss at the outputs, the second-order estimate of what the loss gains when the weight W
 becomes V is, per token,
@@ -92,7 +92,7 @@ class Objective:
         self.__dict__.pop("target", None)
         self.whitening.forget()
 
-    def harms(self, approximation: Tensor) -> list[float]:
+    def loss_increases(self, approximation: Tensor) -> list[float]:
         """Give the predicted gain in loss per token, in nats, from each member (half the squared error without F).
 
         Parameters
@@ -110,9 +110,9 @@ class Objective:
             found.append(max(0.5 * float((errors * square).sum()) / n_tokens, 0.0))
         return found
 
-    def harm(self, approximation: Tensor) -> float:
-        """Give the sum of ``harms``."""
-        return sum(self.harms(approximation))
+    def loss_increase(self, approximation: Tensor) -> float:
+        """Give the sum of ``loss_increases``."""
+        return sum(self.loss_increases(approximation))
 
 
 def build_objective(

@@ -37,7 +37,10 @@ def method(name="htp", format="bitmask"):
 
 
 class World:
-    """Two blocks of layers with statistics; q and k share their input.  The loss minds block 1 a hundred times more."""
+    """Two blocks of layers with statistics; q and k share their input.
+
+    The loss is a hundred times more sensitive to block 1.
+    """
 
     def __init__(self):
         self.statistics, self.weights, self.groups = {}, {}, []
@@ -244,7 +247,7 @@ def test_the_knapsack_is_never_worse_than_the_others(plan):
     assert costs["knapsack"] == min(costs.values())
 
 
-def test_predictions_are_in_units_of_harm_under_every_cost(plan):
+def test_predictions_are_in_units_of_loss_increase_under_every_cost(plan):
     """A relative cost is divided by the energy for the sum alone."""
     shared = {"allocation": "equal-ratio", "storage": "factors"}
     plain = plan(recipe(cost="functional-error", column_weights=False, **shared))
@@ -252,7 +255,7 @@ def test_predictions_are_in_units_of_harm_under_every_cost(plan):
     assert [u.choice for u in plain.units] == [u.choice for u in relative.units]
     assert [u.predicted for u in plain.units] == pytest.approx([u.predicted for u in relative.units], rel=1e-9)
     assert plain.account["predicted_cost"] == pytest.approx(sum(u.predicted for u in plain.units), rel=1e-9)
-    # A solver that weighs errors otherwise than the allocation ends with a harm that compares with nothing.
+    # A solver that weighs errors otherwise than the allocation ends with a loss increase that compares with nothing.
     for options in ({"cost": "functional-error"}, {"cost": "sensitivity", "column_weights": False}):
         assert all(unit.predicted is None for unit in plan(recipe(**options, **shared)).units)
 
@@ -412,11 +415,11 @@ def test_corrections_are_what_solving_and_rounding_did(world, tmp_path, monkeypa
         choice = Factors(point.n_atoms, point.n_nonzero, "input", value_dtype, "none")
         found = rounded(choice, approximate(choice, given, group, own), given).factorization
         stored = unpack_group(*pack_group(found, "bitmask", value_dtype, {}, True, "none"))
-        return given.harm(found.joined()), given.harm(stored.joined())
+        return given.loss_increase(found.joined()), given.loss_increase(stored.joined())
 
     middle = points[len(points) // 2]
     exact = solved(middle, "bfloat16")[0]
-    assert found.solved["upx1 sparse"] == pytest.approx(exact / middle.harm, rel=1e-9)
+    assert found.solved["upx1 sparse"] == pytest.approx(exact / middle.loss_increase, rel=1e-9)
     for value_dtype in ("bfloat16", "int8"):
         free, stored = solved(points[-1], value_dtype)
         expected = max(stored - free, 0.0) / profile.energy

@@ -1,4 +1,4 @@
-"""Menus: every entry's bits against what packing really stores, and its predicted harm against what it stands for."""
+"""Menus: every entry's bits against what packing stores, and its predicted loss increase against what it stands for."""
 
 import itertools
 import json
@@ -166,7 +166,7 @@ def test_costs_fall_with_the_bits_along_every_family(widths, rho):
     assert set(curves) >= {"sparse", "input"} | ({"output"} if len(widths) == 1 else set())
 
 
-def test_the_points_are_the_harm_of_factors_that_anyone_can_compute(one):
+def test_the_points_are_the_loss_increase_of_factors_that_anyone_can_compute(one):
     given, profile = one
     assert set(profile.points) == {"input 2,3", "output 3", SPARSE}
     Y = given.target.double() * given.scales
@@ -176,13 +176,13 @@ def test_the_points_are_the_harm_of_factors_that_anyone_can_compute(one):
         A = least_squares_dictionary(Y.float().numpy(), S, U[:, : point.n_atoms])
         D = given.whitening.unwhiten(torch.from_numpy(A))
         V = D @ (torch.from_numpy(S).double() / given.scales)
-        assert point.harm == pytest.approx(given.harm(V), rel=1e-3, abs=1e-9 * profile.energy)
-    assert profile.energy == pytest.approx(given.harm(torch.zeros(24, 20)))
+        assert point.loss_increase == pytest.approx(given.loss_increase(V), rel=1e-3, abs=1e-9 * profile.energy)
+    assert profile.energy == pytest.approx(given.loss_increase(torch.zeros(24, 20)))
     for points in profile.points.values():
-        assert all(0 <= point.harm <= 1.001 * profile.energy for point in points)
+        assert all(0 <= point.loss_increase <= 1.001 * profile.energy for point in points)
 
 
-def test_rounding_harms_are_near_those_of_rounding(one):
+def test_rounding_increases_are_near_those_of_rounding(one):
     """Errors are taken to be uncorrelated: exact for a diagonal Gram, near otherwise, and falling with the bits."""
     given, profile = one
     falling = [profile.quantized[dtype][0] for dtype in ("int3g32", "int4g64", "int6g64", "int8")]
@@ -190,7 +190,7 @@ def test_rounding_harms_are_near_those_of_rounding(one):
     for dtype in QUANTIZED:
         factors = SparseFactorization.of_weight("m", given.weight.float())
         stored = unpack_group(*pack_group(factors, "identity", "none", {}, True, dtype))
-        exact = given.harm(stored.to_dense("m"))
+        exact = given.loss_increase(stored.to_dense("m"))
         assert 0.5 < profile.quantized[dtype][0] / exact < 2
 
 
@@ -273,7 +273,7 @@ def test_what_is_not_offered_is_not_there(one):
     assert kinds(identity=False, sides=("input",), quantized=()) == {"dense", "input"}
 
 
-def test_low_rank_has_dense_coefficients_and_the_harm_of_the_best_one():
+def test_low_rank_has_dense_coefficients_and_the_loss_increase_of_the_best_one():
     given = group_objective(seed=3)
     offered = families(sparse=False, identity=False, quantized=())
     profile = profile_group(given, "k0", offered)
@@ -283,7 +283,7 @@ def test_low_rank_has_dense_coefficients_and_the_harm_of_the_best_one():
         problem = given.problem(point.n_atoms, point.n_nonzero)
         solution = SVD().solve(Problem(problem.target, point.n_atoms, point.n_atoms, problem.column_weights))
         V = given.whitening.unwhiten(solution.dictionary) @ solution.coefficients.double()
-        assert point.harm == pytest.approx(given.harm(V), rel=1e-3, abs=1e-6 * profile.energy)
+        assert point.loss_increase == pytest.approx(given.loss_increase(V), rel=1e-3, abs=1e-6 * profile.energy)
     found = menu(profile, offered, "dense", NOTHING)
     for entry in found.entries:
         if isinstance(entry.choice, Factors):
@@ -326,7 +326,7 @@ def test_an_expert_without_tokens_has_a_menu():
     given = build_objective(Group((layer,)), [normal(0, 12, 10)], {"b.0": own}, 1e-6, column_weights=True)
     profile = profile_group(given, "k0", families())
     assert profile.energy == pytest.approx(0.5 * float(given.weight.square().sum()) / 50)
-    assert all(0 < harm < 0.1 * profile.energy for (harm,) in profile.quantized.values())
+    assert all(0 < increase < 0.1 * profile.energy for (increase,) in profile.quantized.values())
 
 
 def test_profiles_survive_exactly(one, two):
@@ -350,7 +350,7 @@ def test_profiles_grow_by_what_they_lack(monkeypatch):
         found = menu(grown, offered, "bitmask", NOTHING)
         assert found.entries == alone.entries
         assert [entry.choice for entry in found.entries] == [entry.choice for entry in alone.entries]
-    for name in ("_input_points", "_output_points", "_sparse_points", "_rounding_harms", "_spectrum"):
+    for name in ("_input_points", "_output_points", "_sparse_points", "_rounding_increases", "_spectrum"):
         monkeypatch.setattr(f"cospadi.allocation.profile.{name}", None)
     assert profile_group(given, "k0", more, spectrum=True, known=grown) == grown
 
@@ -379,7 +379,10 @@ def test_what_is_no_profile_is_refused(text, one):
     with pytest.raises(CheckpointError, match="not a saved profile"):
         GroupProfile.from_json(text)
     data = json.loads(one[1].to_json())
-    for change in ({"energie": 1}, {"points": {"input": [{"n_atoms": 1, "n_nonzero": 1, "harm": 1, "more": 1}]}}):
+    for change in (
+        {"energie": 1},
+        {"points": {"input": [{"n_atoms": 1, "n_nonzero": 1, "loss_increase": 1, "more": 1}]}},
+    ):
         with pytest.raises(CheckpointError, match="not a saved profile"):
             GroupProfile.from_json(json.dumps(data | change))
 

@@ -61,11 +61,13 @@ def check(report, folder, architecture="llama", rtol=2e-2):
     torch.testing.assert_close(outputs(loaded, windows), outputs(dense, windows), rtol=rtol, atol=2e-3)
     for row in rows:
         assert row["kind"] in ("factors", "sparse", "quantized")
-        assert math.isfinite(row["harm"])
-        assert row["harm"] >= 0
+        assert math.isfinite(row["loss_increase"])
+        assert row["loss_increase"] >= 0
         assert (row["side"] is None) == (row["kind"] == "quantized")
         assert (row["dictionary_dtype"] == "none") == (row["kind"] == "sparse")
-        assert (row["predicted_harm"] is None) == (row["kind"] == "quantized" or "cost" not in report["allocation"])
+        assert (row["predicted_loss_increase"] is None) == (
+            row["kind"] == "quantized" or "cost" not in report["allocation"]
+        )
         assert row["solver"] == {"factors": "htp", "sparse": "sparse-weight", "quantized": "gptq"}[row["kind"]]
         assert row["bytes"] < row["dense_bytes"]
     config = report["config"]
@@ -89,7 +91,7 @@ def test_the_default_meets_its_ratio_and_says_how(tmp_path, cache):
     assert 0 <= account["gap"] < 1e-3
     totals = report["totals"]
     assert totals["ratio"] - 0.4 == pytest.approx(0.6 * account["unused"], abs=1e-5)
-    assert account["predicted_cost"] >= sum(row["predicted_harm"] or 0 for row in report["groups"])
+    assert account["predicted_cost"] >= sum(row["predicted_loss_increase"] or 0 for row in report["groups"])
     (planned,) = [event for event in events if isinstance(event, Planned)]
     assert planned.n_units == len(report["groups"])
     assert planned.n_dense == len(report["kept_dense"])
@@ -134,7 +136,7 @@ def test_each_way_of_storing_layers_runs_as_its_dense_product(way, tmp_path, cac
         assert report["totals"]["ratio"] < report["totals"]["ratio_paper_convention"]
     # Predictions have the size of what came of them: both are loss.
     if way != "quantized":
-        assert 0.5 < median(row["harm"] / row["predicted_harm"] for row in report["groups"]) < 2
+        assert 0.5 < median(row["loss_increase"] / row["predicted_loss_increase"] for row in report["groups"]) < 2
 
 
 @pytest.mark.parametrize("strategy", ["pooled-spectrum", "equal-ratio"])
@@ -145,7 +147,7 @@ def test_other_strategies_run_too(strategy, tmp_path, cache):
     assert report["allocation"]["gap"] is None
 
 
-def test_harm_is_that_of_the_weights_as_stored(tmp_path):
+def test_loss_increase_is_that_of_the_weights_as_stored(tmp_path):
     """Recomputed in float64 from the inputs and gradients that the cache holds, and the weights that load."""
     model = tiny_model("llama")
     report = run(tmp_path / "out", recipe(**FACTORS), tmp_path / "cache")
@@ -156,13 +158,13 @@ def test_harm_is_that_of_the_weights_as_stored(tmp_path):
     for row in report["groups"]:
         weights = [layers[m["name"]].layers[m["name"]] for m in row["members"]]
         largest = max(float((own.squares / own.n_tokens).max()) for own in weights)
-        harm = 0.0
+        increase = 0.0
         for member, own in zip(row["members"], weights, strict=True):
             E = weight_matrix(modules[member["name"]]).double() - loaded[member["name"]].to_dense().T.double()
             f = (own.squares / own.n_tokens).clamp_min(1e-6 * largest)
             source = layers[member["name"]]
-            harm += 0.5 * float(((source.gram.matrix @ E) * E * f).sum()) / source.n_tokens
-        assert row["harm"] == pytest.approx(harm, rel=1e-6)
+            increase += 0.5 * float(((source.gram.matrix @ E) * E * f).sum()) / source.n_tokens
+        assert row["loss_increase"] == pytest.approx(increase, rel=1e-6)
 
 
 def test_layers_that_stay_dense_count_within_the_budget(tmp_path, cache):
@@ -241,9 +243,11 @@ def test_sequential_calibration_sees_what_was_stored_before(mixing, tmp_path, ca
     # The plan is that of one shot; the first layers that are solved see the same inputs, later ones do not.
     for key in ("name", "kind", "n_atoms", "n_nonzero", "side"):
         assert [row[key] for row in report["groups"]] == [row[key] for row in plain["groups"]]
-    harms = [(a["harm"], b["harm"]) for a, b in zip(report["groups"], plain["groups"], strict=True)]
-    assert harms[0][0] == pytest.approx(harms[0][1], rel=1e-6)
-    assert sum(abs(a - b) > 1e-6 * b for a, b in harms) >= 2
+    increases = [
+        (a["loss_increase"], b["loss_increase"]) for a, b in zip(report["groups"], plain["groups"], strict=True)
+    ]
+    assert increases[0][0] == pytest.approx(increases[0][1], rel=1e-6)
+    assert sum(abs(a - b) > 1e-6 * b for a, b in increases) >= 2
 
 
 @pytest.mark.parametrize(

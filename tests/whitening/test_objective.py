@@ -1,4 +1,4 @@
-"""The predicted harm against a sum over explicit tokens, and the two problems that stand for it."""
+"""The predicted loss increase against a sum over explicit tokens, and the two problems that stand for it."""
 
 import pytest
 import torch
@@ -80,16 +80,16 @@ class Case:
     apart=st.booleans(),
     weighted=st.booleans(),
 )
-def test_harm_is_the_weighted_error_of_the_outputs_per_token(seed, tokens, width, widths, apart, weighted):
+def test_loss_increase_is_the_weighted_error_of_the_outputs_per_token(seed, tokens, width, widths, apart, weighted):
     case = Case(seed, tokens, width, tuple(widths), apart)
     given = case.objective(column_weights=weighted)
     V = normal(seed + 1, width, sum(widths))
     expected = case.brute(V, weighted)
-    assert given.harms(V) == pytest.approx(expected, rel=1e-6)
-    assert given.harm(V) == pytest.approx(sum(expected), rel=1e-6)
-    assert given.harm(given.weight) == 0
+    assert given.loss_increases(V) == pytest.approx(expected, rel=1e-6)
+    assert given.loss_increase(V) == pytest.approx(sum(expected), rel=1e-6)
+    assert given.loss_increase(given.weight) == 0
     # In float32 as in float64: the caller may hand either.
-    assert given.harm(V.float()) == pytest.approx(sum(expected), rel=1e-4)
+    assert given.loss_increase(V.float()) == pytest.approx(sum(expected), rel=1e-4)
 
 
 def test_without_weights_every_output_counts_alike():
@@ -99,7 +99,7 @@ def test_without_weights_every_output_counts_alike():
     assert given.problem(2, 1).column_weights is None
 
 
-def test_the_whitened_error_is_the_harm():
+def test_the_whitened_error_is_the_loss_increase():
     case = Case(3, tokens=50, width=7, widths=(6, 4))
     given = case.objective()
     assert given.whitening.damping == 0
@@ -107,12 +107,12 @@ def test_the_whitened_error_is_the_harm():
     problem = given.problem(3, 2, seed=5)
     residual = problem.target - given.whitening.whiten(V)
     squared = float((residual.square().sum(0) * problem.column_weights).sum())
-    assert 0.5 * squared / given.n_tokens == pytest.approx(given.harm(V), rel=1e-5)
+    assert 0.5 * squared / given.n_tokens == pytest.approx(given.loss_increase(V), rel=1e-5)
     assert (problem.n_atoms, problem.n_nonzero, problem.seed) == (3, 2, 5)
     torch.testing.assert_close(given.metric, given.grams[0], rtol=1e-9, atol=1e-9)
 
 
-def test_the_metric_error_of_the_transpose_is_the_harm():
+def test_the_metric_error_of_the_transpose_is_the_loss_increase():
     given = Case(4, tokens=60, width=7, widths=(9,)).objective()
     problem = given.transposed_problem(3, 2, seed=5)
     assert problem.column_weights is None
@@ -120,26 +120,26 @@ def test_the_metric_error_of_the_transpose_is_the_harm():
     V = normal(1, 7, 9)
     E = problem.target.double() - (V * given.scales).T
     squared = float(((E @ problem.column_metric.double()) * E).sum())
-    assert 0.5 * squared / given.n_tokens == pytest.approx(given.harm(V), rel=1e-5)
+    assert 0.5 * squared / given.n_tokens == pytest.approx(given.loss_increase(V), rel=1e-5)
 
 
-def test_a_damped_gram_is_what_the_problems_and_not_what_the_harm_sees():
+def test_a_damped_gram_is_what_the_problems_and_not_what_the_loss_increase_sees():
     case = Case(5, tokens=3, width=8, widths=(4,))
     given = case.objective()
     assert given.whitening.damping > 0
     assert not torch.equal(given.metric, given.grams[0])
     V = normal(2, 8, 4)
-    assert given.harm(V) == pytest.approx(sum(case.brute(V)), rel=1e-6)
+    assert given.loss_increase(V) == pytest.approx(sum(case.brute(V)), rel=1e-6)
 
 
-def test_what_the_tokens_do_not_see_harms_nothing_and_never_less():
+def test_what_the_tokens_do_not_see_loss_increases_nothing_and_never_less():
     """Errors in the null space of a singular Gram: a sum of squares that rounding alone may take below zero."""
     for seed in range(20):
         case = Case(seed, tokens=3, width=8, widths=(4,))
         given = case.objective()
         blind = torch.linalg.svd(case.inputs["block.0"]).Vh[3:].T @ normal(seed, 5, 4)
-        lost = given.harm(given.weight + blind)
-        assert 0 <= lost < 1e-12 * given.harm(torch.zeros(8, 4))
+        lost = given.loss_increase(given.weight + blind)
+        assert 0 <= lost < 1e-12 * given.loss_increase(torch.zeros(8, 4))
 
 
 def test_an_expert_is_judged_by_its_own_tokens_and_counts_by_their_part():
@@ -150,10 +150,10 @@ def test_an_expert_is_judged_by_its_own_tokens_and_counts_by_their_part():
     x, g = case.inputs["block.0"], case.gradients["block.0"]
     f = g.square().sum(0) / 12
     expected = 0.5 * float(((x @ (case.weights[0] - V)).square() * f).sum()) / 60
-    assert given.harm(V) == pytest.approx(expected, rel=1e-9)
+    assert given.loss_increase(V) == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(given.column_weights, f)
-    # The same gradients at five times the tokens of a run: a fifth of the harm.
-    assert Case(6, tokens=60, width=5, widths=(4,), routed=[12], run=300).objective().harm(V) == pytest.approx(
+    # The same gradients at five times the tokens of a run: a fifth of the loss increase.
+    assert Case(6, tokens=60, width=5, widths=(4,), routed=[12], run=300).objective().loss_increase(V) == pytest.approx(
         expected / 5, rel=1e-9
     )
 
@@ -162,7 +162,7 @@ def test_an_expert_without_tokens_is_judged_by_its_weights():
     case = Case(7, tokens=30, width=5, widths=(4,), routed=[0], run=30)
     given = case.objective()
     V = normal(4, 5, 4)
-    assert given.harm(V) == pytest.approx(0.5 * float((case.weights[0] - V).square().sum()) / 30, rel=1e-9)
+    assert given.loss_increase(V) == pytest.approx(0.5 * float((case.weights[0] - V).square().sum()) / 30, rel=1e-9)
     assert "no calibration token" in given.whitening.note
     problem = given.problem(2, 1)
     torch.testing.assert_close(problem.target.double(), case.weights[0], rtol=1e-6, atol=1e-6)
@@ -175,26 +175,26 @@ def test_outputs_that_the_loss_ignores_still_count_a_little():
     given = case.objective()
     assert float(given.scales.min()) > 0
     assert float(given.scales[1] ** 2) == pytest.approx(1e-6 * float(given.column_weights.max()))
-    everything = given.harm(torch.zeros(5, 4))
+    everything = given.loss_increase(torch.zeros(5, 4))
     one = torch.zeros(5, 4, dtype=torch.float64)
     one[:, [0, 2, 3]] = given.weight[:, [0, 2, 3]]
-    assert 0 < given.harm(one) < 1e-5 * everything
+    assert 0 < given.loss_increase(one) < 1e-5 * everything
 
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 1000), power=st.integers(-12, 12))
-def test_scaling_inputs_by_c_scales_the_harm_by_its_square(seed, power):
+def test_scaling_inputs_by_c_scales_the_loss_increase_by_its_square(seed, power):
     V = normal(seed, 6, 8)
-    plain, larger = Case(seed).objective().harm(V), Case(seed, scale=2.0**power).objective().harm(V)
+    plain, larger = Case(seed).objective().loss_increase(V), Case(seed, scale=2.0**power).objective().loss_increase(V)
     assert larger == pytest.approx(plain * 4.0**power, rel=1e-5)
 
 
-def test_members_of_another_order_have_the_same_harms_in_that_order():
+def test_members_of_another_order_have_the_same_loss_increases_in_that_order():
     case = Case(9, tokens=40, width=5, widths=(4, 3))
     V = normal(5, 5, 7)
-    forth = case.objective().harms(V)
+    forth = case.objective().loss_increases(V)
     turned = Group((case.layers[1], case.layers[0]))
-    back = build_objective(turned, case.weights[::-1], case.statistics, DAMPING, column_weights=True).harms(
+    back = build_objective(turned, case.weights[::-1], case.statistics, DAMPING, column_weights=True).loss_increases(
         torch.cat([V[:, 4:], V[:, :4]], dim=1)
     )
     assert back[::-1] == pytest.approx(forth, rel=1e-12)
@@ -206,7 +206,7 @@ def test_layers_with_inputs_of_their_own_share_the_mean_gram_and_keep_their_harm
     mean = sum(case.statistics[layer.source].gram.matrix for layer in case.layers) / 2
     torch.testing.assert_close(given.metric, mean, rtol=1e-9, atol=1e-9)
     V = normal(6, 5, 7)
-    assert given.harms(V) == pytest.approx(case.brute(V), rel=1e-6)
+    assert given.loss_increases(V) == pytest.approx(case.brute(V), rel=1e-6)
 
 
 def test_token_weights_count_tokens_by_their_gradients():
@@ -214,7 +214,7 @@ def test_token_weights_count_tokens_by_their_gradients():
     given = case.objective(token_weights=True)
     V = normal(7, 5, 4)
     weights = case.per_token / case.per_token.mean()
-    assert given.harm(V) == pytest.approx(sum(case.brute(V, tokens=weights)), rel=1e-5)
+    assert given.loss_increase(V) == pytest.approx(sum(case.brute(V, tokens=weights)), rel=1e-5)
 
 
 def test_a_shift_moves_the_weights_by_the_mixing():
@@ -234,8 +234,8 @@ def test_a_shift_moves_the_weights_by_the_mixing():
     half = case.objective(shift=shift, mixing=0.5, ridge=0.01)
     torch.testing.assert_close(half.weight, (best + case.weights[0]) / 2, rtol=1e-6, atol=1e-8)
     assert torch.equal(case.objective(shift=shift, mixing=0.0).weight, plain.weight)
-    # The shifted weights are what the harm compares with.
-    assert full.harm(best) < 1e-12 < full.harm(case.weights[0])
+    # The shifted weights are what the loss increase compares with.
+    assert full.loss_increase(best) < 1e-12 < full.loss_increase(case.weights[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -256,6 +256,6 @@ def test_nothing_that_was_given_is_changed():
     weights = [w.clone() for w in case.weights]
     gram = case.statistics["block.0"].gram.matrix.clone()
     given = case.objective(shift=normal(1, 6, 6), mixing=1.0)
-    given.harm(torch.zeros(6, 8)), given.problem(2, 1), given.metric
+    given.loss_increase(torch.zeros(6, 8)), given.problem(2, 1), given.metric
     assert all(torch.equal(a, b) for a, b in zip(weights, case.weights, strict=True))
     assert torch.equal(gram, case.statistics["block.0"].gram.matrix)
