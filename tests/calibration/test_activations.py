@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.collectors import GramCollector
 from cospadi.calibration.lockstep import Lockstep, forward_call
-from cospadi.calibration.sensitivity import collect_statistics
 from cospadi.files.durable import StorageError
 from cospadi.models.experts import split_experts
 from cospadi.models.layers import map_model
+from tests.calibration.toys import collect_statistics
 from tests.helpers import ARCHITECTURES, tiny_model, token_windows
 
 CPU = torch.device("cpu")
