@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from cospadi_cli.bench import bench, command_of
+from cospadi_cli.commands.bench import bench, command_of
+from cospadi_cli.commands.tune import tune
 from cospadi_cli.main import main
-from cospadi_cli.tune import tune
 
 from cospadi.backends import tuning
 from cospadi.backends.base import BACKENDS
@@ -112,7 +112,7 @@ def test_options_reach_the_measurement(run, monkeypatch, options, shapes):
 
 
 def kernels_shapes():
-    from cospadi.evaluation.speed.problems import SHAPES
+    from cospadi.evaluation.speed.random_layers import SHAPES
 
     return SHAPES
 

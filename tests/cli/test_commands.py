@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cospadi_cli.render import size
+from cospadi_cli.console import size
 
 
 def test_eval_compares_with_a_baseline(run, tiny_model, compressed, home):

@@ -35,7 +35,7 @@ def test_writes_a_checkpoint_a_report_and_a_card(compressed):
 def test_the_evaluation_is_that_of_the_model_that_was_written(compressed):
     import cospadi
     from cospadi.calibration.data import EMBEDDED_EVALUATION, token_windows
-    from cospadi.evaluation.perplexity import perplexity
+    from cospadi.evaluation.likelihood import perplexity
     from cospadi.models.dense_model import read_tokenizer
 
     windows = token_windows(read_tokenizer(compressed), read_text(None, EMBEDDED_EVALUATION), 32, 2)

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from cospadi_cli.linefile import LineFile
+from cospadi_cli.log_files import LineFile
 from cospadi_cli.options import execution_from
 from cospadi_cli.progress import Display, Lines, describe_event, duration, progress
 from rich.console import Console

@@ -20,9 +20,9 @@ from cospadi.errors import CheckpointError, NumericalError, UsageError
 from cospadi.evaluation import model_folders as folder
 from cospadi.evaluation.activation_budget import LOGITS_BYTES, batch_size
 from cospadi.evaluation.comparison import Protocol
+from cospadi.evaluation.likelihood import batch_nlls, perplexity
 from cospadi.evaluation.model_folders import load_model, measure_folders
 from cospadi.evaluation.multiple_choice import Question
-from cospadi.evaluation.perplexity import batch_nlls, perplexity
 from cospadi.evaluation.streaming import open_streamed
 from cospadi.executors.base import perform
 from cospadi.executors.local import SerialExecutor

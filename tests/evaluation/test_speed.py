@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.errors import UsageError
+from cospadi.evaluation.speed import backend_memory as memory
 from cospadi.evaluation.speed import contenders, machine
-from cospadi.evaluation.speed import kept_bytes as memory
-from cospadi.evaluation.speed.problems import SHAPES, dense_bytes, layer_size, random_inputs, random_layer
+from cospadi.evaluation.speed.random_layers import SHAPES, dense_bytes, layer_size, random_inputs, random_layer
 from cospadi.evaluation.speed.timing import Rotation, median_ratio, spread, take_turns
 from cospadi.formats.base import FORMATS
 

@@ -9,8 +9,8 @@ from cospadi.backends.base import BACKENDS, Placement
 from cospadi.errors import NumericalError, UnavailableError, UsageError
 from cospadi.evaluation.speed import contenders, roofline
 from cospadi.evaluation.speed import single_layers as kernels
-from cospadi.evaluation.speed.dispatch import dispatch, sparse_linear
-from cospadi.evaluation.speed.problems import layer_size, random_inputs, random_layer
+from cospadi.evaluation.speed.dispatch_overhead import dispatch, sparse_linear
+from cospadi.evaluation.speed.random_layers import layer_size, random_inputs, random_layer
 
 CPU = torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32

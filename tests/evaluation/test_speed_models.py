@@ -24,7 +24,7 @@ def settings_of(made, **changed):
 
 
 def test_models_are_measured_by_the_same_loop(checkpoint, world, monkeypatch):
-    from cospadi.evaluation.speed.greedy import Run
+    from cospadi.evaluation.speed.greedy_decoding import Run
 
     prices = {}
 
@@ -60,7 +60,7 @@ def test_models_are_measured_by_the_same_loop(checkpoint, world, monkeypatch):
 
 
 def test_the_loop_writes_what_generate_writes(checkpoint):
-    from cospadi.evaluation.speed.greedy import Run, random_prompt
+    from cospadi.evaluation.speed.greedy_decoding import Run, random_prompt
 
     model = checkpoint.dense.eval()
     ids = random_prompt([model], 9, 6)
@@ -89,7 +89,7 @@ def test_another_dense_model_can_be_the_baseline(checkpoint, tmp_path):
 
 
 def test_the_memory_of_a_model_is_that_of_a_process(checkpoint):
-    from cospadi.evaluation.speed.loaded import Loaded
+    from cospadi.evaluation.speed.model_variants import Loaded
     from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 
     found = peak_in_a_process(Loaded(str(checkpoint.folder), "reference", "cpu", "float32"), 8, 2)
@@ -99,7 +99,7 @@ def test_the_memory_of_a_model_is_that_of_a_process(checkpoint):
 
 def test_what_keeps_a_process_from_loading_is_said(tmp_path):
     from cospadi.errors import CospadiError
-    from cospadi.evaluation.speed.loaded import Loaded
+    from cospadi.evaluation.speed.model_variants import Loaded
     from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 
     with pytest.raises(CospadiError, match=r"cannot be measured: .*no such folder"):

@@ -12,7 +12,7 @@ from cospadi.backends.base import BACKENDS, Placement
 from cospadi.backends.cpu import backend as cpu_backend
 from cospadi.errors import UnavailableError
 from cospadi.evaluation.speed import crossover
-from cospadi.evaluation.speed.problems import layer_size, random_layer
+from cospadi.evaluation.speed.random_layers import layer_size, random_layer
 
 CPU = torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32

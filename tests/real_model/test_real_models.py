@@ -9,7 +9,7 @@ import torch
 
 import cospadi
 from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text, token_windows
-from cospadi.evaluation.perplexity import perplexity
+from cospadi.evaluation.likelihood import perplexity
 from cospadi.models.dense_model import open_model
 from cospadi.models.embedded import embedded_encoder
 from cospadi.pipeline.stages import compress

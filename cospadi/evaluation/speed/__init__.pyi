@@ -1,13 +1,17 @@
 from .crossover import Crossover, measure_crossovers, to_store
-from .problems import SHAPES
+from .random_layers import SHAPES
 from .roofline import plot, require_matplotlib
-from .single_layers import LayerSettings, measure_kernels
-from .whole_models import ModelSettings, measure_model
+from .single_layers import LayerFigures, LayerRow, LayerSettings, measure_kernels
+from .whole_models import ModelFigures, ModelRow, ModelSettings, measure_model
 
 __all__ = [
     "SHAPES",
     "Crossover",
+    "LayerFigures",
+    "LayerRow",
     "LayerSettings",
+    "ModelFigures",
+    "ModelRow",
     "ModelSettings",
     "measure_crossovers",
     "measure_kernels",

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cospadi.arrays import dtype_name
 from cospadi.backends import BACKENDS, explain, sparse_modules
 from cospadi.errors import NumericalError, UnavailableError
-from cospadi.evaluation.speed.greedy import Run, random_prompt
-from cospadi.evaluation.speed.loaded import Loaded, open_loaded
-from cospadi.evaluation.speed.peak_memory import peak_in_a_process
+from cospadi.evaluation.speed.greedy_decoding import Run, random_prompt
+from cospadi.evaluation.speed.model_variants import ModelVariant, load_variant
+from cospadi.evaluation.speed.peak_memory import PeakMemory, peak_in_a_process
 from cospadi.evaluation.speed.timing import Clock, clock_of, median_ratio, spread
 from cospadi.integrations import require_checkpoint
 
@@ -63,18 +64,17 @@ class ModelSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON values."""
-        plain = {"dtypes": [_name(dtype) for dtype in self.dtypes], "device": str(self.device)}
-        return asdict(self) | plain
+        return asdict(self) | {"dtypes": list(map(dtype_name, self.dtypes)), "device": str(self.device)}
 
-    def contenders(self, dtype: torch.dtype) -> list[Loaded]:
+    def contenders(self, dtype: torch.dtype) -> list[ModelVariant]:
         """Name the models that run side by side: the dense one first."""
-        place = (str(self.device), _name(dtype))
-        dense = Loaded(self.baseline or self.model, None, *place)
-        return [dense, *(Loaded(self.model, backend, *place) for backend in self.backends)]
+        place = (str(self.device), dtype_name(dtype))
+        dense = ModelVariant(self.baseline or self.model, None, *place)
+        return [dense, *(ModelVariant(self.model, backend, *place) for backend in self.backends)]
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """One model in one dtype.
 
     Attributes
@@ -115,9 +115,39 @@ class Row:
     verdict: str
 
 
+@dataclass(frozen=True)
+class ModelFigures:
+    """The result of ``measure_model``.
+
+    Attributes
+    ----------
+    settings : ModelSettings
+    baseline : str
+        What the dense model is.
+    attention : str
+        The implementation that all models share.
+    chosen : dict of str to str
+        What ``auto`` chose, by contender and dtype.
+    rows : list of ModelRow
+    method : str
+        What the figures are, in words.
+    """
+
+    settings: ModelSettings
+    baseline: str
+    attention: str
+    chosen: dict[str, str]
+    rows: list[ModelRow]
+    method: str = METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON values."""
+        return asdict(self) | {"settings": self.settings.to_dict()}
+
+
 def measure_model(
     settings: ModelSettings, tell: Callable[[str], None] = lambda text: None, clock: Clock | None = None
-) -> dict[str, Any]:
+) -> ModelFigures:
     """Measure a compressed model beside the dense one.
 
     Parameters
@@ -126,13 +156,7 @@ def measure_model(
     tell : callable
         Receives a line per step.
     clock : Clock, optional
-        That of the device by default.
-
-    Returns
-    -------
-    dict
-        ``rows`` (fields of ``Row``), ``baseline`` (what the dense model is), ``attention`` (the implementation that all
-        models share), ``chosen`` (what ``auto`` chose) and the settings.  Plain JSON values.
+        By default that of the device.
 
     Raises
     ------
@@ -146,37 +170,31 @@ def measure_model(
         state = BACKENDS.availability(name)
         if not state:
             raise UnavailableError(f"backend {name!r} cannot run here: {state.reason}")
-    rows: list[Row] = []
+    rows: list[ModelRow] = []
     chosen: dict[str, str] = {}
     attention = ""
     for dtype in settings.dtypes:
         contenders = settings.contenders(dtype)
         models = {}
         for one in contenders:
-            tell(f"loading {one.label}, {_name(dtype)}")
-            models[one.label] = open_loaded(one)
+            tell(f"loading {one.label}, {dtype_name(dtype)}")
+            models[one.label] = load_variant(one)
         attention = _same_attention(models)
         for one in (one for one in contenders if one.backend == "auto"):
-            chosen[f"{one.label}, {_name(dtype)}"] = "; ".join(describe(models[one.label]))
-        memory: dict[str, dict[str, Any]] = {}
+            chosen[f"{one.label}, {dtype_name(dtype)}"] = "; ".join(describe(models[one.label]))
+        memory: dict[str, PeakMemory] = {}
         for one in contenders if settings.memory else ():
-            tell(f"memory of {one.label}, {_name(dtype)}")
+            tell(f"memory of {one.label}, {dtype_name(dtype)}")
             memory[one.label] = peak_in_a_process(one, settings.prompt_tokens, min(settings.new_tokens, 8))
-        tell(f"prefill and decode, {_name(dtype)}")
+        tell(f"prefill and decode, {dtype_name(dtype)}")
         rows += _rows(models, memory, settings, dtype, clock or clock_of(settings.device))
         del models
-    return {
-        "settings": settings.to_dict(),
-        "method": METHOD,
-        "baseline": settings.baseline or "the same checkpoint, multiplied out to dense layers",
-        "attention": attention,
-        "chosen": chosen,
-        "rows": [asdict(row) for row in rows],
-    }
+    baseline = settings.baseline or "the same checkpoint, multiplied out to dense layers"
+    return ModelFigures(settings, baseline, attention, chosen, rows)
 
 
 def describe(model: torch.nn.Module) -> list[str]:
-    """Say on one line each what runs the compressed layers of a model, as placed: backends, and why ``auto`` chose."""
+    """Give one line for each backend that runs compressed layers of a model, with the reason if ``auto`` chose it."""
     dtype = getattr(model, "dtype", torch.get_default_dtype())
     layers = sparse_modules(model).values()
     found = dict.fromkeys(explain(layer.backend, layer.device, dtype) for layer in layers)
@@ -185,12 +203,12 @@ def describe(model: torch.nn.Module) -> list[str]:
 
 def _rows(
     models: dict[str, Any],
-    memory: dict[str, dict[str, Any]],
+    memory: dict[str, PeakMemory],
     settings: ModelSettings,
     dtype: torch.dtype,
     clock: Clock,
-) -> list[Row]:
-    """Let the models take turns."""
+) -> list[ModelRow]:
+    """Time the models in turns."""
     ids = random_prompt(list(models.values()), settings.prompt_tokens, settings.new_tokens, settings.seed)
     times: dict[str, dict[str, list[float]]] = {label: {"prefill": [], "decode": []} for label in models}
     logits: dict[str, Tensor] = {}
@@ -208,18 +226,18 @@ def _rows(
     dense, rows = labels[0], []
     for label in labels:
         if not bool(torch.isfinite(logits[label]).all()):
-            raise NumericalError(f"{label}, {_name(dtype)}: the model's logits are NaN or infinite")
+            raise NumericalError(f"{label}, {dtype_name(dtype)}: the model's logits are NaN or infinite")
         difference = None
         if settings.baseline is None:
             difference = float((logits[label] - logits[dense]).norm() / logits[dense].norm())
         prefill_rate = spread([settings.prompt_tokens / seconds for seconds in times[label]["prefill"]])
         decode_rate = spread([settings.new_tokens / seconds for seconds in times[label]["decode"]])
         faster = {part: median_ratio(times[dense][part], times[label][part]) for part in ("prefill", "decode")}
-        measured = memory.get(label, {})
+        measured = memory.get(label)
         rows.append(
-            Row(
+            ModelRow(
                 contender=label,
-                dtype=_name(dtype),
+                dtype=dtype_name(dtype),
                 prefill_tokens_per_second=prefill_rate.median,
                 prefill_low=prefill_rate.low,
                 prefill_high=prefill_rate.high,
@@ -229,8 +247,8 @@ def _rows(
                 times_prefill=faster["prefill"],
                 times_decode=faster["decode"],
                 weight_bytes=weight_bytes(models[label]),
-                before_bytes=measured.get("before_bytes"),
-                peak_bytes=measured.get("peak_bytes"),
+                before_bytes=None if measured is None else measured.before_bytes,
+                peak_bytes=None if measured is None else measured.peak_bytes,
                 logits_difference=difference,
                 verdict="" if label == dense else verdict(faster),
             )
@@ -252,13 +270,9 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def _same_attention(models: dict[str, Any]) -> str:
-    """Give every model the attention of the first one; what differs then are the linear layers."""
+    """Give every model the attention of the first one, so that only the linear layers differ."""
     wanted = next(iter(models.values())).config._attn_implementation
     for model in models.values():
         if model.config._attn_implementation != wanted:
             model.set_attn_implementation(wanted)
     return str(wanted)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""``inspect``: what a checkpoint holds, group by group."""
+"""``inspect``: the groups of a checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from cospadi_cli import render
+from cospadi_cli.console import print_json
+from cospadi_cli.report_tables import show_inspection
 
 
 @click.command()
@@ -17,22 +18,22 @@ def inspect(path: Path, as_json: bool) -> None:
     """Show the groups of the checkpoint at PATH: sizes, bytes, errors and the worst layers."""
     inspection = inspect_checkpoint(path)
     if as_json:
-        render.print_json({"path": str(path), **inspection})
+        print_json({"path": str(path), **inspection})
     elif not inspection["groups"]:
         click.echo(f"{path}: no layer is compressed")
     else:
-        render.show_inspection(str(path), inspection)
+        show_inspection(str(path), inspection)
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Give the rows of report.json, or without one those that config.json alone can give: sizes but no errors.
+    """Give the rows of report.json; if there is none, those that follow from config.json: sizes but no errors.
 
     Raises
     ------
     CheckpointError
-        A file is damaged, or report.json tells of another checkpoint.
+        A file is damaged, or report.json describes another checkpoint.
     UsageError
-        The folder is no compressed checkpoint.
+        The folder is not a compressed checkpoint.
     """
     from cospadi.errors import CheckpointError
     from cospadi.files import read_json
@@ -48,13 +49,13 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     data = read_json(path, "report.json")
     if not _fits(data, described):
         raise CheckpointError(
-            f"{report} is damaged or tells of another checkpoint: delete it to see what config.json alone says"
+            f"{report} is damaged or describes another checkpoint: delete it to see what config.json says"
         )
     return {"groups": data["groups"], "totals": data["totals"], "evaluation": data["evaluation"]}
 
 
 def _fits(report: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Tell whether a report has what is shown, and says of the groups what config.json does."""
+    """Tell whether a report has all that is shown, and describes the groups of config.json."""
     try:
         json.dumps(report, allow_nan=False)
     except ValueError:  # NaN or infinity
