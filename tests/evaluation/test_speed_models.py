@@ -42,7 +42,7 @@ def test_models_are_measured_by_the_same_loop(checkpoint, world, monkeypatch):
     timed("prefill", 6.0)
     timed("decode", 1.5)
     told = []
-    found = endtoend.measure_model(settings_of(checkpoint), told.append, world.clock)
+    found = endtoend.measure_model(settings_of(checkpoint), told.append, world.clock).to_dict()
     found = json.loads(json.dumps(found, allow_nan=False))
     dense, compressed = found["rows"]
     assert (dense["contender"], compressed["contender"]) == ("dense", "reference")
@@ -79,37 +79,37 @@ def test_another_dense_model_can_be_the_baseline(checkpoint, tmp_path):
     checkpoint.dense.save_pretrained(tmp_path / "dense")
     clock = lambda work: (work(), 1.0)[1]  # noqa: E731
     found = endtoend.measure_model(settings_of(checkpoint, baseline=str(tmp_path / "dense")), clock=clock)
-    assert found["baseline"] == str(tmp_path / "dense")
-    assert [row["logits_difference"] for row in found["rows"]] == [None, None]
-    dense, compressed = found["rows"]
-    assert dense["weight_bytes"] == sum(p.nbytes for p in checkpoint.dense.parameters()) + sum(
+    assert found.baseline == str(tmp_path / "dense")
+    assert [row.logits_difference for row in found.rows] == [None, None]
+    dense, compressed = found.rows
+    assert dense.weight_bytes == sum(p.nbytes for p in checkpoint.dense.parameters()) + sum(
         b.nbytes for b in checkpoint.dense.buffers()
     )
-    assert compressed["weight_bytes"] != dense["weight_bytes"]
+    assert compressed.weight_bytes != dense.weight_bytes
 
 
 def test_the_memory_of_a_model_is_that_of_a_process(checkpoint):
-    from cospadi.evaluation.speed.model_variants import Loaded
+    from cospadi.evaluation.speed.model_variants import ModelVariant
     from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 
-    found = peak_in_a_process(Loaded(str(checkpoint.folder), "reference", "cpu", "float32"), 8, 2)
-    assert 0 < found["before_bytes"] <= found["loaded_bytes"] <= found["peak_bytes"] < 1 << 36
-    assert "high-water" in found["method"]
+    found = peak_in_a_process(ModelVariant(str(checkpoint.folder), "reference", "cpu", "float32"), 8, 2)
+    assert 0 < found.before_bytes <= found.loaded_bytes <= found.peak_bytes < 1 << 36
+    assert "high-water" in found.method
 
 
 def test_what_keeps_a_process_from_loading_is_said(tmp_path):
     from cospadi.errors import CospadiError
-    from cospadi.evaluation.speed.model_variants import Loaded
+    from cospadi.evaluation.speed.model_variants import ModelVariant
     from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 
     with pytest.raises(CospadiError, match=r"cannot be measured: .*no such folder"):
-        peak_in_a_process(Loaded(str(tmp_path / "absent"), "reference", "cpu", "float32"), 8, 2)
+        peak_in_a_process(ModelVariant(str(tmp_path / "absent"), "reference", "cpu", "float32"), 8, 2)
 
 
 def test_models_that_cannot_be_measured_are_refused_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):
     checkpoint.dense.save_pretrained(tmp_path / "dense")
     loaded = []
-    monkeypatch.setattr(endtoend, "open_loaded", lambda wanted: loaded.append(wanted))
+    monkeypatch.setattr(endtoend, "load_variant", lambda wanted: loaded.append(wanted))
     with pytest.raises(UsageError, match="dense model"):
         endtoend.measure_model(endtoend.ModelSettings(str(tmp_path / "dense")))
     with pytest.raises(UsageError, match="no such folder"):
