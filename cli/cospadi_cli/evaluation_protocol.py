@@ -79,7 +79,7 @@ def make_protocol(
     """
     from cospadi.calibration import token_windows
     from cospadi.errors import UsageError
-    from cospadi.evaluation import Protocol, batch_size
+    from cospadi.evaluation import Protocol, windows_per_batch
     from cospadi.models import model_class, read_config, read_tokenizer
 
     config = read_config(model)
@@ -90,5 +90,5 @@ def make_protocol(
             f"the evaluation's {n_tokens} tokens are fewer than one window of {window}: ask for more tokens"
         )
     windows = token_windows(read_tokenizer(model), text.parts, window, n_tokens // window)
-    size = batch_size(config.get_text_config().vocab_size, window)
+    size = windows_per_batch(config.get_text_config().vocab_size, window)
     return Protocol(text.name, windows, prompt, questions, size)

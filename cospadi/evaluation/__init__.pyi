@@ -1,4 +1,4 @@
-from .activation_budget import batch_size
+from .activation_budget import windows_per_batch
 from .comparison import Comparison, Measurement, Protocol
 from .generation import generate
 from .likelihood import Perplexity, perplexity
@@ -12,10 +12,10 @@ __all__ = [
     "Perplexity",
     "Protocol",
     "Question",
-    "batch_size",
     "generate",
     "load_model",
     "measure_folders",
     "perplexity",
     "read_questions",
+    "windows_per_batch",
 ]

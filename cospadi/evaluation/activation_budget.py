@@ -15,7 +15,7 @@ _CHUNKS = 2**26
 """Bytes that the NLL takes beside the logits."""
 
 
-def batch_size(vocabulary: int, window: int, most: int = 4) -> int:
+def windows_per_batch(vocabulary: int, window: int, most: int = 4) -> int:
     """Give the windows per batch, at most ``most``: fewer if the vocabulary makes their logits large."""
     return max(1, min(most, LOGITS_BYTES // (4 * window * vocabulary)))
 

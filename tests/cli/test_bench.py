@@ -11,8 +11,7 @@ from cospadi.backends import tuning
 from cospadi.backends.base import BACKENDS
 from cospadi.backends.cpu import backend as cpu_backend
 from cospadi.evaluation import speed
-from cospadi.evaluation.speed import contenders, crossover, whole_models
-from cospadi.evaluation.speed import single_layers as kernels
+from cospadi.evaluation.speed import contenders, crossover, single_layers, whole_models
 from cospadi.evaluation.speed.peak_memory import PeakMemory
 from tests.cli.conftest import error_line
 
@@ -29,8 +28,8 @@ def compiled():
 @pytest.fixture(autouse=True)
 def rates(monkeypatch):
     """The rates of a machine, which are not worth measuring, and few copies."""
-    monkeypatch.setattr(kernels, "bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(kernels, "product_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(single_layers, "bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(single_layers, "product_rate", lambda device, dtype: 1e11)
     for module in (contenders, crossover):
         monkeypatch.setattr(module, "n_copies", lambda *_: 2)
 
@@ -58,7 +57,7 @@ def test_layers_are_shown_as_json_and_as_a_table(run):
 @pytest.fixture
 def figures():
     """Figures of one small layer."""
-    return speed.measure_kernels(
+    return speed.measure_layers(
         speed.LayerSettings(((64, 48),), tokens=(1, 4), dtypes=(torch.float32,), backends=("torch",), repeats=2)
     )
 
@@ -68,7 +67,7 @@ def test_a_table_is_whole_in_a_narrow_output_and_says_where_a_backend_is_slower(
     odd = {"microseconds": 123456.7, "low": 1.0, "high": 999999.9, "times_dense": 1.23, "times_handwritten": 0.91}
     odd |= {"stored_bytes": 63_123_456, "extra_bytes": 33_123_456, "verdict": "slower than own dense"}
     rows[-1] = replace(rows[-1], **odd, gigabytes_per_second=1234.5, contender=contenders.HANDWRITTEN)
-    monkeypatch.setattr(speed, "measure_kernels", lambda settings, tell: replace(figures, rows=rows))
+    monkeypatch.setattr(speed, "measure_layers", lambda settings, tell: replace(figures, rows=rows))
     (line,) = (line for line in run("bench", *TINY).stdout.splitlines() if "slower than" in line)
     cells = ("123456.7", "x1.23", "x0.91", "63.12 MB", "33.12 MB", "1234.5", "slower than own dense")
     for cell in (contenders.HANDWRITTEN, *cells):
@@ -92,7 +91,7 @@ def test_options_reach_the_measurement(run, figures, monkeypatch, options, shape
         seen.append((settings, torch.get_num_threads()))
         return figures
 
-    monkeypatch.setattr(speed, "measure_kernels", measure)
+    monkeypatch.setattr(speed, "measure_layers", measure)
     before = torch.get_num_threads()
     more = ["--ratio", 0.2, "--ratio", 0.5, "--tokens", "3,7", "--dtype", "float16", "--value-dtype", "int8"]
     command = ["bench", *options, *more, "--threads", before + 1, "--seed", 5, "--repeats", 4, "--device", "cpu"]
@@ -241,7 +240,7 @@ def test_hardware_that_is_missing_is_said(run):
 def test_a_missing_matplotlib_is_said_before_anything_is_measured(run, monkeypatch):
     from cospadi.evaluation.speed import roofline
 
-    monkeypatch.setattr(speed, "measure_kernels", lambda *_: pytest.fail("it was measured first"))
+    monkeypatch.setattr(speed, "measure_layers", lambda *_: pytest.fail("it was measured first"))
     monkeypatch.setattr(roofline.importlib.util, "find_spec", lambda name: None)
     assert "pip install matplotlib" in error_line(run("bench", *TINY, "--plot", "roof.png", "--quiet"))
 

@@ -3,8 +3,7 @@
 import pytest
 
 from cospadi.backends import BACKENDS, cpu
-from cospadi.evaluation.speed import contenders, crossover
-from cospadi.evaluation.speed import single_layers as kernels
+from cospadi.evaluation.speed import contenders, crossover, single_layers
 
 
 class World:
@@ -35,12 +34,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two copies of every layer, and no time spent on the machine's rates."""
+    """Two copies of every layer, a small layer for thresholds, and no time spent on the machine's rates."""
     monkeypatch.setattr(contenders, "n_copies", lambda *_: 2)
     monkeypatch.setattr(crossover, "n_copies", lambda *_: 2)
-    monkeypatch.setattr(kernels, "bandwidth", lambda device: 2e9)
-    monkeypatch.setattr(kernels, "product_rate", lambda device, dtype: 4e9)
-    monkeypatch.setattr(kernels, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(crossover, "_SHAPES", {"cpu": ((64, 48),)})
+    monkeypatch.setattr(single_layers, "bandwidth", lambda device: 2e9)
+    monkeypatch.setattr(single_layers, "product_rate", lambda device, dtype: 4e9)
+    monkeypatch.setattr(single_layers, "cache_bytes", lambda device: 1 << 20)
 
 
 class Priced:

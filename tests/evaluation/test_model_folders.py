@@ -18,7 +18,7 @@ from cospadi.backends.sparse_linear import sparse_modules
 from cospadi.calibration.activations import ActivationCache
 from cospadi.errors import CheckpointError, NumericalError, UsageError
 from cospadi.evaluation import model_folders as folder
-from cospadi.evaluation.activation_budget import LOGITS_BYTES, batch_size
+from cospadi.evaluation.activation_budget import LOGITS_BYTES, windows_per_batch
 from cospadi.evaluation.comparison import Protocol
 from cospadi.evaluation.likelihood import batch_nlls, perplexity
 from cospadi.evaluation.model_folders import load_model, measure_folders
@@ -251,7 +251,7 @@ def test_an_encoder_is_refused(tmp_path):
 
 @given(vocabulary=st.integers(1, 10**6), window=st.integers(2, 10**6))
 def test_a_batch_has_as_many_windows_as_its_logits_allow(vocabulary, window):
-    size = batch_size(vocabulary, window)
+    size = windows_per_batch(vocabulary, window)
     assert 1 <= size <= 4
     assert size == 1 or 4 * size * window * vocabulary <= LOGITS_BYTES
     assert size == 4 or 4 * (size + 1) * window * vocabulary > LOGITS_BYTES

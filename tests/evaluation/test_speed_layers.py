@@ -7,8 +7,7 @@ import torch
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.errors import NumericalError, UnavailableError, UsageError
-from cospadi.evaluation.speed import contenders, roofline
-from cospadi.evaluation.speed import single_layers as kernels
+from cospadi.evaluation.speed import contenders, roofline, single_layers
 from cospadi.evaluation.speed.dispatch_overhead import measure_dispatch, sparse_linear
 from cospadi.evaluation.speed.random_layers import layer_size, random_inputs, random_layer
 
@@ -21,9 +20,9 @@ def has_handwritten():
 
 
 def measured(world, **changed):
-    settings = kernels.LayerSettings(((64, 48),), **{"tokens": (1, 5), "repeats": 3, **changed})
+    settings = single_layers.LayerSettings(((64, 48),), **{"tokens": (1, 5), "repeats": 3, **changed})
     told = []
-    figures = kernels.measure_kernels(settings, told.append, world.clock)
+    figures = single_layers.measure_layers(settings, told.append, world.clock)
     assert told
     assert json.loads(json.dumps(figures.to_dict(), allow_nan=False)).keys() >= {"rows", "method", "settings"}
     return figures
@@ -59,7 +58,7 @@ def test_rows_hold_the_arithmetic_of_times_and_bytes(world, small, priced):
             assert one.times_handwritten == 0.75
             assert one.verdict == "slower than own dense"
     assert figures.skipped == []
-    assert figures.rates == kernels.MachineRates(2e9, 1 << 20, {"bfloat16": 4e9})
+    assert figures.rates == single_layers.MachineRates(2e9, 1 << 20, {"bfloat16": 4e9})
     assert [one.backend for one in figures.dispatch] == ["reference", "torch"]
     # No time passes between the product and its module on this clock.
     assert [one.overhead for one in figures.dispatch] == [0.0, 0.0]
@@ -91,10 +90,10 @@ def test_auto_says_what_it_chose(cache, world, small, priced):
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 def test_layers_are_measured_for_real(small, dtype):
     """With the machine's clock and all products as they are; each is checked against float64 on the way."""
-    settings = kernels.LayerSettings(
+    settings = single_layers.LayerSettings(
         ((64, 48), (33, 70)), tokens=(1, 5, 40), dtypes=(dtype,), repeats=2, turn_seconds=0.01
     )
-    figures = kernels.measure_kernels(settings)
+    figures = single_layers.measure_layers(settings)
     assert all(row.relative_error < 0.02 for row in figures.rows)
     assert all(0 < row.low <= row.microseconds <= row.high for row in figures.rows)
     assert len({(row.layer, row.n_tokens) for row in figures.rows}) == 6

@@ -62,7 +62,7 @@ def test_crossovers_are_found_and_stored_for_auto(cache, world, small, monkeypat
 
     monkeypatch.setattr(cpu_backend.CpuBackend, "multiply", multiply)
     told = []
-    found = crossover.measure_crossovers(CPU, 1e9, told.append, world.clock, [(64, 48)], now=lambda: 0.0)
+    found = crossover.measure_crossovers(CPU, 1e9, told.append, world.clock, now=lambda: 0.0)
     assert {one.dtype: one.value for one in found} == {"bfloat16": 24, "float32": 2, "float16": 1024}
     assert all(one.option == "max_tokens" and one.backend == "cpu" for one in found)
     bf16 = found[0].advantage
@@ -87,7 +87,7 @@ def test_measuring_ends_when_its_time_is_over(world, small, monkeypatch):
         return x
 
     monkeypatch.setattr(cpu_backend.CpuBackend, "multiply", multiply)
-    found = crossover.measure_crossovers(CPU, 60.0, clock=world.clock, shapes=[(64, 48)], now=lambda: world.now)
+    found = crossover.measure_crossovers(CPU, 60.0, clock=world.clock, now=lambda: world.now)
     # A kernel that always wins: no threshold was found, and none is stored.
     assert len(found) == 3
     for one in found:

@@ -122,7 +122,7 @@ def bench(ctx: click.Context, model: str | None, out: str | None, as_json: bool,
 
 
 def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> "LayerFigures":
-    from cospadi.evaluation.speed import SHAPES, LayerSettings, measure_kernels
+    from cospadi.evaluation.speed import SHAPES, LayerSettings, measure_layers
 
     named = given["shapes"] or (None if given["shape"] else "standard")
     sets = SHAPES if named == "all" else [named] if named else []
@@ -137,7 +137,7 @@ def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> "Laye
         repeats=given["repeats"],
         seed=given["seed"],
     )
-    return measure_kernels(settings, tell)
+    return measure_layers(settings, tell)
 
 
 def _measure_model(model: str, given: dict[str, Any], tell: Callable[[str], None]) -> "ModelFigures":

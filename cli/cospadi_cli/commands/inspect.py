@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cospadi_cli.console import print_json
 from cospadi_cli.report_tables import show_inspection
+
+if TYPE_CHECKING:
+    from cospadi.formats import CheckpointConfig
 
 
 @click.command()
@@ -96,12 +100,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _from_config(settings: Any) -> dict[str, Any]:
-    from math import prod
-
+def _from_config(settings: "CheckpointConfig") -> dict[str, Any]:
     from cospadi.formats import expected_tensors
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group in settings.groups:
         tensors = {
             name: prod(shape) * dtypes[0].itemsize
@@ -118,18 +120,29 @@ def _from_config(settings: Any) -> dict[str, Any]:
             for member in group.members
         ]
         outputs = sum(member.out_features for member in group.members)
-        row = {"name": group.name, "members": members, "in_features": group.in_features}
         columns = group.in_features if group.side == "output" else outputs
         n_nonzero = round(sum(member.n_stored for member in group.members) / columns)
         plain = group.format == "identity"
-        row |= {"n_atoms": None if plain else group.n_atoms, "n_nonzero": None if plain else n_nonzero}
-        row |= {"kind": "quantized" if plain else "sparse" if group.dictionary_dtype == "none" else "factors"}
-        row |= {"side": None if plain else group.side}
-        row |= {"value_dtype": group.dictionary_dtype if plain else group.value_dtype}
-        row |= {"dictionary_dtype": group.dictionary_dtype}
-        row |= {"relative_error": None, "bytes": sum(tensors.values()), "dense_bytes": 2 * group.in_features * outputs}
-        rows.append(row)
-    totals = {"n_layers": sum(len(row["members"]) for row in rows), "n_groups": len(rows)}
-    totals |= {"layer_bytes": sum(row["bytes"] for row in rows)}
-    totals |= {"layer_dense_bytes": sum(row["dense_bytes"] for row in rows)}
+        rows.append(
+            {
+                "name": group.name,
+                "members": members,
+                "in_features": group.in_features,
+                "n_atoms": None if plain else group.n_atoms,
+                "n_nonzero": None if plain else n_nonzero,
+                "kind": "quantized" if plain else "sparse" if group.dictionary_dtype == "none" else "factors",
+                "side": None if plain else group.side,
+                "value_dtype": group.dictionary_dtype if plain else group.value_dtype,
+                "dictionary_dtype": group.dictionary_dtype,
+                "relative_error": None,
+                "bytes": sum(tensors.values()),
+                "dense_bytes": 2 * group.in_features * outputs,
+            }
+        )
+    totals = {
+        "n_layers": sum(len(group.members) for group in settings.groups),
+        "n_groups": len(rows),
+        "layer_bytes": sum(row["bytes"] for row in rows),
+        "layer_dense_bytes": sum(row["dense_bytes"] for row in rows),
+    }
     return {"groups": rows, "totals": totals, "evaluation": None}

@@ -1,7 +1,8 @@
 from .crossover import Crossover, measure_crossovers, to_store
+from .layer_figures import LayerFigures, LayerRow, LayerSettings
 from .random_layers import SHAPES
 from .roofline import plot, require_matplotlib
-from .single_layers import LayerFigures, LayerRow, LayerSettings, measure_kernels
+from .single_layers import measure_layers
 from .whole_models import ModelFigures, ModelRow, ModelSettings, measure_model
 
 __all__ = [
@@ -14,7 +15,7 @@ __all__ = [
     "ModelRow",
     "ModelSettings",
     "measure_crossovers",
-    "measure_kernels",
+    "measure_layers",
     "measure_model",
     "plot",
     "require_matplotlib",

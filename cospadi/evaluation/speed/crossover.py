@@ -55,7 +55,6 @@ def measure_crossovers(
     seconds: float = 100.0,
     tell: Callable[[str], None] = lambda text: None,
     clock: Clock | None = None,
-    shapes: Sequence[Shape] = (),
     now: Callable[[], float] = time.monotonic,
 ) -> list[Crossover]:
     """Measure the thresholds of a device's backend.
@@ -70,7 +69,6 @@ def measure_crossovers(
         Receives a line per threshold.
     clock : Clock, optional
         By default that of the device.
-    shapes : sequence of (in_features, out_features), optional
     now : callable
         Gives the time in seconds, for the limit.
 
@@ -93,7 +91,7 @@ def measure_crossovers(
     found: list[Crossover] = []
     until = now()
     for dtype in dtypes:
-        sizes = [layer_size(shape, _RATIO) for shape in shapes or _SHAPES[device.type]]
+        sizes = [layer_size(shape, _RATIO) for shape in _SHAPES[device.type]]
         layers = [random_layer(size, dtype, device) for size in sizes]
         known: dict[str, int] = {}
         for option in options:

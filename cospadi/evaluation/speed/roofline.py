@@ -3,13 +3,11 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cospadi.errors import UnavailableError, UsageError
 from cospadi.evaluation.speed.contenders import BASELINES, DENSE
-
-if TYPE_CHECKING:
-    from cospadi.evaluation.speed.single_layers import LayerFigures, LayerRow
+from cospadi.evaluation.speed.layer_figures import LayerFigures, LayerRow
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which colour-blind readers can distinguish."""
@@ -28,7 +26,7 @@ def require_matplotlib() -> None:
         raise UnavailableError("a plot needs matplotlib: pip install matplotlib")
 
 
-def plot(figures: "LayerFigures", path: str | Path) -> None:
+def plot(figures: LayerFigures, path: str | Path) -> None:
     """Draw one panel per layer: microseconds of a call over the number of tokens, both logarithmic.
 
     Dashed lines are the time in which the machine reads the bytes of the dense weight and of the compressed one: no
@@ -79,7 +77,7 @@ def plot(figures: "LayerFigures", path: str | Path) -> None:
         raise UsageError(f"the plot {path} cannot be written: {' '.join(str(error).split())}") from error
 
 
-def _panel(axis: Any, rows: "Sequence[LayerRow]", names: Sequence[str], colours: dict[str, str], rate: float) -> None:
+def _panel(axis: Any, rows: Sequence[LayerRow], names: Sequence[str], colours: dict[str, str], rate: float) -> None:
     """Draw the contenders and the two floors of one layer."""
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
