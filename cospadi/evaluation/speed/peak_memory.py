@@ -12,6 +12,7 @@ import torch
 from cospadi.errors import CospadiError
 from cospadi.evaluation.speed.greedy_decoding import Run, random_prompt
 from cospadi.evaluation.speed.model_variants import ModelVariant, load_variant
+from cospadi.models import resident_bytes
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,15 @@ def peak_here(wanted: ModelVariant, prompt_tokens: int, new_tokens: int) -> Peak
 def _resident(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _status("VmRSS") or _peak(device)
+    return resident_bytes() or _peak(device)
 
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    found = _status("VmHWM")
-    if found:
-        return found
+    if sys.platform == "linux":  # where it can be reset, unlike what getrusage gives
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -92,15 +93,6 @@ def _forget_peak(device: torch.device) -> str:
     except OSError:
         return "the process's high-water mark, loading included"
     return "the process's high-water mark of the run, without loading"
-
-
-def _status(key: str) -> int:
-    """Read a figure of /proc/self/status, in bytes; 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 if __name__ == "__main__":
