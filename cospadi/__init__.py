@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import lazy_loader
 
 from cospadi.integrations.autoload import install_hook
+from cospadi.integrations.moved import install_moved_modules
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
@@ -17,3 +18,4 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 install_hook()
+install_moved_modules()

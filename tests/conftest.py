@@ -3,7 +3,12 @@
 import os
 import signal
 
-from hypothesis import settings
+# Workers of pytest-xdist share the cores; set before torch, numpy and numba start their threads.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+
+from hypothesis import settings  # noqa: E402
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
