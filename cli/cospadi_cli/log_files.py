@@ -73,7 +73,7 @@ def open_lines(option: str, path: Path) -> Iterator[LineFile]:
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from error
     with file:
-        yield LineFile(file, f"{option} {path}")  # type: ignore[arg-type]
+        yield LineFile(file, f"{option} {path}")
 
 
 def standard_output() -> LineFile:

@@ -23,7 +23,7 @@ _OF_LAYERS = ("shape", "shapes", "ratio", "tokens", "value_dtype", "plot")
 _OF_MODELS = ("baseline", "prompt_tokens", "new_tokens", "memory")
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """Whole numbers separated by commas, such as 1,8,512."""
 
     name = "N,N,..."
@@ -83,7 +83,7 @@ class _Numbers(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.pass_context
-def bench(ctx: click.Context, model: str | None, out: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+def bench(ctx: click.Context, /, model: str | None, out: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
     """Measure the speed of compressed layers, or of the compressed MODEL, beside dense ones.
 
     Without MODEL, random layers are measured: microseconds of every backend and of dense products, with weights that

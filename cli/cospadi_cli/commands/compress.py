@@ -26,6 +26,7 @@ from cospadi_cli.options import execution_from, execution_options, recipe_from, 
 @click.pass_obj
 def compress(
     typed: str,
+    /,
     model: str | None,
     out: Path | None,
     eval_text: str | None,

@@ -17,7 +17,7 @@ from cospadi_cli.options import execution_from, execution_options, recipe_from, 
 @execution_options
 @run_options
 @click.pass_obj
-def demo(typed: str, out: Path, calibration_samples: int | None, **values: Any) -> None:
+def demo(typed: str, /, out: Path, calibration_samples: int | None, **values: Any) -> None:
     """Remove 20 % of the embedded SmolLM2-135M-Instruct and measure the loss of quality.
 
     All layers become dictionaries and sparse coefficients; at this ratio the default recipe of `compress` would store

@@ -130,7 +130,7 @@ def n_copies(smallest: int, per_copy: int, last_cache: int, device: torch.device
 
 
 def graphed(calls: Sequence[Call], device: torch.device) -> Rotation:
-    """Capture all calls in one CUDA graph, so that a replay goes through all copies; not yet run on a GPU."""
+    """Capture all calls in one CUDA graph, so that a replay goes through all copies."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

@@ -23,7 +23,7 @@ def wall_clock(work: Call) -> float:
 
 
 def cuda_clock(work: Call) -> float:
-    """Time work on the current GPU, by events around it; not yet run on a GPU."""
+    """Time work on the current GPU, by events around it."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
