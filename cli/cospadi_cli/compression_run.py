@@ -105,7 +105,7 @@ class CompressionRun:
         except KeyboardInterrupt as stop:
             again = self._again()
             if again is not None:
-                click.echo(f"\nWhat is finished is kept. To go on: {again}", err=True)
+                click.echo(f"\nFinished work is kept. To continue: {again}", err=True)
             if not isinstance(stop, Terminated):
                 raise
             click.echo("Error: terminated", err=True)

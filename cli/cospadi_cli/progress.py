@@ -196,7 +196,7 @@ def _phrase(event: Event) -> str:
             )
         case GroupFinished():
             name, kind, dimensions, error, n_bytes, seconds = _cells(event)
-            how = "taken over" if event.resumed else f"{seconds} s"
+            how = "from the interrupted run" if event.resumed else f"{seconds} s"
             dense = size(event.row["dense_bytes"])
             stored = f"{kind} {dimensions}".strip()
             return f"[{event.done}/{event.total}] {name}: {stored}, error {error}, {n_bytes} of {dense}, {how}"
@@ -207,15 +207,15 @@ def _phrase(event: Event) -> str:
             parts = ("baseline", "weights", "grams", "activations", "solving")
             limit = f" of {size(event.limit)} allowed" if event.limit is not None else ""
             return (
-                f"peak memory will be {size(event.peak)}{limit} "
+                f"predicted peak memory {size(event.peak)}{limit} "
                 f"({', '.join(f'{part} {size(getattr(event, part))}' for part in parts)})"
             )
         case Retried():
-            return f"again: {event.task} ({event.reason})"
+            return f"retried: {event.task} ({event.reason})"
         case Written():
             return f"written to {event.path}"
         case Stopped():
-            again = f" What is finished is kept. To go on: {event.resume}" if event.resume else ""
+            again = f" Finished work is kept. To continue: {event.resume}" if event.resume else ""
             return f"{event.reason}.{again}"
     raise AssertionError(f"unknown event {event!r}")
 

@@ -17,9 +17,9 @@ def show_report(report: Json, out: Path) -> None:
     table = make_table("", "before", "after", "change", left=[""])
     for label, key in (("compressed layers", "layer"), ("whole model", "model")):
         before, after = totals[f"{key}_dense_bytes"], totals[f"{key}_bytes"]
-        table.add_row(label, size(before), size(after), f"-{1 - after / before:.1%}" if after <= before else "grew")
+        table.add_row(label, size(before), size(after), f"{after / before - 1:+.1%}")
         if key == "layer":
-            paper = f"-{totals['ratio_paper_convention']:.1%}"
+            paper = f"{-totals['ratio_paper_convention']:+.1%}"
             table.add_row("  by the paper's count", "", "", paper, style="dim")
     if evaluation is not None:
         _add_measurements(table, evaluation)
@@ -116,7 +116,7 @@ def _show_storage(report: Json) -> None:
             sums[place] += value
     dense = [2 * layer["in_features"] * layer["out_features"] for layer in report["kept_dense"]]
     if dense:
-        rows["dense, as before"] = [len(dense), sum(dense), sum(dense)]
+        rows["dense, unchanged"] = [len(dense), sum(dense), sum(dense)]
     for label, (count, after, before) in sorted(rows.items()):
         table.add_row(label, str(count), size(after), f"{after / before:.1%}")
     print_table("\nHow the layers are stored", table)

@@ -56,7 +56,7 @@ def test_a_layer_is_told_on_one_line_with_its_size_error_bytes_and_the_time_left
         line
         == "[1/61] layers.0.down (+1): factors int8 40 x 20, error 0.1250, 1.50 kB of 3.00 MB, 2.0 s; 2 min 0 s left"
     )
-    assert "taken over" in describe_event(finished(1, 2, resumed=True))
+    assert "from the interrupted run" in describe_event(finished(1, 2, resumed=True))
 
 
 def test_small_steps_are_told_each_half_minute_and_ends_always():
@@ -103,7 +103,7 @@ def test_the_display_shows_stage_memory_time_left_and_the_last_layers():
     assert "12/60" in shown
     assert "solving" in shown
     assert "7 min 59 s left" in shown
-    assert "peak memory will be 2.50 GB of 3.00 GB allowed" in shown
+    assert "predicted peak memory 2.50 GB of 3.00 GB allowed" in shown
     assert "layers.12.down" in shown
     assert "layers.5.down" in shown
     assert "layers.4.down" not in shown
@@ -195,7 +195,7 @@ def test_a_file_that_cannot_be_opened_is_refused(run, tiny_model, option):
 def test_a_failure_is_in_the_log(tmp_path):
     with progress(True, tmp_path / "log") as tell:
         tell(events.Stopped("no space left on device", "cospadi-cli compress x --resume"))
-    assert (tmp_path / "log").read_text().endswith("To go on: cospadi-cli compress x --resume\n")
+    assert (tmp_path / "log").read_text().endswith("To continue: cospadi-cli compress x --resume\n")
 
 
 def test_the_execution_is_read_from_the_options():

@@ -41,7 +41,7 @@ main(sys.argv[1:])
     ],
     ids=["sigterm", "ctrl-c twice with workers"],
 )
-def test_a_signal_keeps_what_is_finished_and_says_how_to_go_on(
+def test_a_signal_keeps_finished_work_and_says_how_to_continue(
     run, tiny_model, compression, home, signals, code, word, more
 ):
     own = compress_command(tiny_model, "out", "--log-file", "log", "--events", "events")
@@ -59,14 +59,14 @@ def test_a_signal_keeps_what_is_finished_and_says_how_to_go_on(
     _, errors = child.communicate(timeout=60)  # until the workers have closed it, too
     assert child.returncode == code, errors
     again = f"cospadi-cli {' '.join(command)} --resume"
-    assert errors.count(f"To go on: {again}") == 1
+    assert errors.count(f"To continue: {again}") == 1
     assert errors.splitlines()[-1] == f"Error: {word}"
     assert "Traceback" not in errors
-    assert f"{word}. What is finished is kept. To go on: {again}" in (home / "log").read_text()
+    assert f"{word}. Finished work is kept. To continue: {again}" in (home / "log").read_text()
     last = json.loads((home / "events").read_text().splitlines()[-1])
     assert (last["event"], last["reason"], last["resume"]) == ("stopped", word, again)
     assert "--resume" in error_line(run(*own))  # without it the run is not continued
     resumed = run(*own, "--resume")  # the number of workers may change
     assert resumed.exit_code == 0, resumed.output
-    assert resumed.stderr.count("taken over") == 2
+    assert resumed.stderr.count("from the interrupted run") == 2
     assert read_report("out") == compression.report

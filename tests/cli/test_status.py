@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_and_is_interrupted(run, begun):
     assert found["last_activity"] == max(path.stat().st_mtime for path in records)
     text = run("status", "out").stdout
     assert f"out: running (pid {os.getpid()} on host " in text
-    assert "to go on" not in text
+    assert "to continue" not in text
     folder.close()
     assert shown(run, "out", "--verify") == found | {"state": "interrupted", "process": None}
     text = run("status", "out").stdout
@@ -95,10 +95,10 @@ def test_a_run_that_goes_on_and_is_interrupted(run, begun):
         "some/model",
         "ratio 0.35, solver htp",
         "calibrating",
-        f"to go on: {COMMAND} --resume",
+        f"to continue: {COMMAND} --resume",
     ):
         assert words in text
-    assert "left of solving: layers.0.q, layers.1.q" in text
+    assert "not done in solving: layers.0.q, layers.1.q" in text
     assert not [path for path in folder.folder.rglob("*.tmp")]
 
 
@@ -131,7 +131,7 @@ def test_damaged_records_are_named_and_count_as_left(run, begun):
     found = shown(run, "out")
     assert found["damaged"] == [SOURCES[0], text.stem, GROUPS[1]]
     assert stages(found) == {"calibrating": (1, 4), "profiling": (0, 3), "solving": (0, 3)}
-    assert "damaged, to be made again: layers.0.q" in run("status", "out").stdout
+    assert "damaged, will be made again: layers.0.q" in run("status", "out").stdout
 
 
 def test_a_flipped_bit_is_found_when_every_record_is_read(run, begun):

@@ -52,11 +52,11 @@ def _show_run(run: RunState) -> None:
         table.add_row(stage.name, str(stage.done), total, stage.of, seconds)
     console().print(table)
     for stage in run.stages:
-        _print_names(f"left of {stage.name}", stage.left)
+        _print_names(f"not done in {stage.name}", stage.left)
     _print(f"records: {size(run.files.bytes)}; last activity: {_when(run.files.last_activity)}")
-    _print_names("damaged, to be made again", run.files.damaged)
+    _print_names("damaged, will be made again", run.files.damaged)
     if run.command is not None and run.process is None:
-        _print(f"to go on: {run.command}")
+        _print(f"to continue: {run.command}")
 
 
 def _show_cache(cache: CacheState) -> None:
