@@ -7,7 +7,8 @@ import click
 from rich.text import Text
 
 from cospadi_cli.console import console, make_table, print_json, print_table, printable, size
-from cospadi_cli.run_folders import CacheState, FinishedRun, RunState, read_folder
+from cospadi_cli.run_folders import read_folder
+from cospadi_cli.run_state import CacheState, FinishedRun, RunState
 
 _SHOWN = 5
 """Most names that a list shows."""
