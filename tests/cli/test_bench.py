@@ -80,7 +80,7 @@ def test_a_table_is_whole_in_a_narrow_output_and_says_where_a_backend_is_slower(
         (["--shapes", "smollm2", "--shape", "8,9"], [(576, 576), (576, 192), (576, 1536), (1536, 576), (8, 9)]),
         (["--shape", "8,9", "--shape", "10,11"], [(8, 9), (10, 11)]),
         ([], [(2048, 2048), (4096, 4096), (4096, 11008)]),
-        (["--shapes", "all"], [shape for shapes in speed.SHAPES.values() for shape in shapes]),
+        (["--shapes", "all"], [shape for shapes in speed.LAYER_SHAPES.values() for shape in shapes]),
     ],
     ids=str,
 )

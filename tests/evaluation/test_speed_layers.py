@@ -164,7 +164,7 @@ def figures(world, small, priced):
 
 def test_the_plot_is_written(figures, tmp_path):
     pytest.importorskip("matplotlib")
-    roofline.plot(figures, tmp_path / "roof.svg")
+    roofline.plot_layers(figures, tmp_path / "roof.svg")
     data = (tmp_path / "roof.svg").read_text()
     for layer in ("64x48 -30%, bfloat16", "64x48 -50%, bfloat16"):
         assert layer in data
@@ -176,7 +176,7 @@ def test_the_panels_show_times_and_floors(figures, tmp_path, monkeypatch):
 
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: kept.append(self))
-    roofline.plot(figures, tmp_path / "unused.png")
+    roofline.plot_layers(figures, tmp_path / "unused.png")
     axes = kept[0].get_axes()
     assert len(axes) == 2
     lines = {line.get_label(): line for line in axes[0].get_lines()}
@@ -190,7 +190,7 @@ def test_the_panels_show_times_and_floors(figures, tmp_path, monkeypatch):
 def test_a_plot_that_cannot_be_is_a_usage_error(figures, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     with pytest.raises(UsageError, match="cannot be written"):
-        roofline.plot(figures, tmp_path / "roof.wav")
+        roofline.plot_layers(figures, tmp_path / "roof.wav")
     monkeypatch.setattr(roofline.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match="pip install matplotlib"):
-        roofline.plot(figures, tmp_path / "roof.png")
+        roofline.plot_layers(figures, tmp_path / "roof.png")

@@ -72,7 +72,7 @@ def test_crossovers_are_found_and_stored_for_auto(cache, world, small, monkeypat
     assert max(bf16) == 96
     assert max(n for dtype, n in seen if dtype == F32) < 32
     assert len(told) == 3
-    tuning.store_tuned(crossover.to_store(CPU, found))
+    tuning.store_tuned(crossover.tuned_thresholds(CPU, found))
     for dtype, most in ((BF16, 24), (F32, 2), (torch.float16, 1024)):
         assert AutoBackend().resolve(Placement(CPU, dtype)) == cpu_backend.CpuBackend(max_tokens=most)
 
@@ -94,7 +94,7 @@ def test_measuring_ends_when_its_time_is_over(world, small, monkeypatch):
         assert one.value is None
         assert max(one.advantage) < 1024
     assert set(found[-1].advantage) >= {1}
-    assert crossover.to_store(CPU, found) == []
+    assert crossover.tuned_thresholds(CPU, found) == []
 
 
 def test_the_two_thresholds_of_a_gpu_are_measured_one_after_the_other(world, small, monkeypatch):

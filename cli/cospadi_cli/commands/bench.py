@@ -92,7 +92,7 @@ def bench(ctx: click.Context, /, model: str | None, out: str | None, as_json: bo
     _check_options(model, given)
     for option, path in (("--out", out), ("--plot", given["plot"])):
         _check_writable(option, path)
-    from cospadi.evaluation.speed import LayerFigures, plot, require_matplotlib
+    from cospadi.evaluation.speed import LayerFigures, plot_layers, require_matplotlib
     from cospadi.reporting import machine, versions
 
     if given["plot"]:
@@ -112,7 +112,7 @@ def bench(ctx: click.Context, /, model: str | None, out: str | None, as_json: bo
     if out:
         Path(out).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if isinstance(figures, LayerFigures) and given["plot"]:
-        plot(figures, given["plot"])
+        plot_layers(figures, given["plot"])
     if as_json:
         print_json(record)
     elif isinstance(figures, LayerFigures):
@@ -122,12 +122,12 @@ def bench(ctx: click.Context, /, model: str | None, out: str | None, as_json: bo
 
 
 def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> "LayerFigures":
-    from cospadi.evaluation.speed import SHAPES, LayerSettings, measure_layers
+    from cospadi.evaluation.speed import LAYER_SHAPES, LayerSettings, measure_layers
 
     named = given["shapes"] or (None if given["shape"] else "standard")
-    sets = SHAPES if named == "all" else [named] if named else []
+    sets = LAYER_SHAPES if named == "all" else [named] if named else []
     settings = LayerSettings(
-        shapes=(*(shape for name in sets for shape in SHAPES[name]), *given["shape"]),
+        shapes=(*(shape for name in sets for shape in LAYER_SHAPES[name]), *given["shape"]),
         ratios=given["ratio"] or (0.3,),
         tokens=given["tokens"] or (1, 8, 512),
         dtypes=torch_dtypes(given["dtype"] or ("bfloat16",)),

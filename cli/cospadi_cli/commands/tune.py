@@ -42,12 +42,12 @@ def tune(device: str, threads: int | None, seconds: float, show: bool, reset: bo
         return
     found = []
     if not show:
-        from cospadi.evaluation.speed import measure_crossovers, to_store
+        from cospadi.evaluation.speed import measure_crossovers, tuned_thresholds
 
         place = speed_device(device)
         with torch_threads(threads):
             found = measure_crossovers(place, seconds, lambda text: None if quiet else click.echo(text, err=True))
-            store_tuned(to_store(place, found))
+            store_tuned(tuned_thresholds(place, found))
     entries = stored_tuned()
     if as_json:
         crossovers = [asdict(one) for one in found]

@@ -1,12 +1,13 @@
-from .crossover import Crossover, measure_crossovers, to_store
+from .crossover import Crossover, measure_crossovers, tuned_thresholds
 from .layer_figures import LayerFigures, LayerRow, LayerSettings
-from .random_layers import SHAPES
-from .roofline import plot, require_matplotlib
+from .model_figures import ModelFigures, ModelRow, ModelSettings
+from .random_layers import LAYER_SHAPES
+from .roofline import plot_layers, require_matplotlib
 from .single_layers import measure_layers
-from .whole_models import ModelFigures, ModelRow, ModelSettings, measure_model
+from .whole_models import measure_model
 
 __all__ = [
-    "SHAPES",
+    "LAYER_SHAPES",
     "Crossover",
     "LayerFigures",
     "LayerRow",
@@ -17,7 +18,7 @@ __all__ = [
     "measure_crossovers",
     "measure_layers",
     "measure_model",
-    "plot",
+    "plot_layers",
     "require_matplotlib",
-    "to_store",
+    "tuned_thresholds",
 ]

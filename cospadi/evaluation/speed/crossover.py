@@ -115,7 +115,7 @@ def measure_crossovers(
     return found
 
 
-def to_store(device: torch.device, found: Sequence[Crossover]) -> list[Tuned]:
+def tuned_thresholds(device: torch.device, found: Sequence[Crossover]) -> list[Tuned]:
     """Join the thresholds of each dtype for ``store_tuned``; those that were not found are left out."""
     options: dict[tuple[str, str], dict[str, int]] = {}
     for one in found:

@@ -22,7 +22,7 @@ FORMAT = "bitmask"
 Shape = tuple[int, int]
 """Input and output features."""
 
-SHAPES: dict[str, tuple[Shape, ...]] = {
+LAYER_SHAPES: dict[str, tuple[Shape, ...]] = {
     "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
     "standard": ((2048, 2048), (4096, 4096), (4096, 11008)),
 }

@@ -26,7 +26,7 @@ def require_matplotlib() -> None:
         raise UnavailableError("a plot needs matplotlib: pip install matplotlib")
 
 
-def plot(figures: LayerFigures, path: str | Path) -> None:
+def plot_layers(figures: LayerFigures, path: str | Path) -> None:
     """Draw one panel per layer: microseconds of a call over the number of tokens, both logarithmic.
 
     Dashed lines are the time in which the machine reads the bytes of the dense weight and of the compressed one: no
