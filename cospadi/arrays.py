@@ -66,9 +66,10 @@ def convert(array: Array, library: str) -> Array:
         return array.cpu().numpy() if source == "torch" else np.asarray(array)
     if library == "torch":
         import torch
+        from torch.utils.dlpack import from_dlpack
 
         if source == "cupy":
-            return torch.from_dlpack(array)
+            return from_dlpack(array)
         return torch.from_numpy(np.ascontiguousarray(array))
     if library == "cupy":
         state = cupy_availability()

@@ -89,6 +89,13 @@ def read_inputs(source: OpenModel, statistics: Mapping[str, SourceStatistics], g
     )
 
 
+def reader_of(source: OpenModel, measurements: Measurements, *, shared: bool) -> Reader:
+    """Give what reads the inputs of groups: of this process's model, or in workers."""
+    if shared:
+        return SharedFolders.of(source, measurements).reader
+    return lambda group: partial(read_inputs, source, measurements, group)
+
+
 @dataclass(frozen=True)
 class SharedFolders:
     """Where a worker in another process or on another machine finds the model and its measurements.

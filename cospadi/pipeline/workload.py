@@ -8,7 +8,7 @@ elsewhere.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cospadi.allocation import SPARSE, Choice, Factors, Families, Quantized, sizes
+from cospadi.allocation import SPARSE, Choice, Factors, Families, GroupPlan, Method, Quantized, sizes
 from cospadi.formats import grid_of
 from cospadi.solvers import HTP, START_ALTERNATIONS, Solver
 
@@ -19,7 +19,7 @@ _DECOMPOSITION = 1.8e-10
 _ELEMENT = 5.5e-9
 _GRID = 9.3e-10
 _UNIT = 5e-3
-"""Seconds of one operation of each kind, and of what every unit costs beside."""
+"""Seconds of one operation of each kind, and of what every group costs beside."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Work:
 
 
 def solving(choice: Choice, in_features: int, out_features: Sequence[int], solver: Solver, n_inputs: int = 1) -> float:
-    """Give the cost of making one unit of a plan.
+    """Give the cost of solving a group.
 
     Parameters
     ----------
@@ -82,6 +82,13 @@ def solving(choice: Choice, in_features: int, out_features: Sequence[int], solve
     """
     d, n = in_features, sum(out_features)
     return (_objective(d, n) + _approximating(choice, d, out_features, solver, n_inputs) + _judging(d, n)).cost
+
+
+def of_plan(method: Method, plan: GroupPlan) -> float:
+    """Give the cost of solving a group of a plan."""
+    group = plan.group
+    n_inputs = len({layer.source for layer in group.layers})
+    return solving(plan.choice, group.in_features, group.out_features, method.solver, n_inputs)
 
 
 def profiling(in_features: int, out_features: Sequence[int], families: Families, spectrum: bool = False) -> float:

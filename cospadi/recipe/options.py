@@ -198,6 +198,16 @@ class CompressionConfig(_Strict):
                 )
         return self
 
+    @property
+    def cost_is_sensitivity(self) -> bool:
+        """Whether the allocation adds up predicted loss increases."""
+        return self.allocation != "uniform" and self.cost == "sensitivity"
+
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether calibration needs a backward pass."""
+        return self.column_weights or self.token_weights or self.cost_is_sensitivity
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CompressionConfig":
         """Read plain values, such as those of a recipe file; ``version`` may be among them.

@@ -20,7 +20,7 @@ import numpy as np
 from cospadi.arrays import Array, convert, library_of, namespace, on_cpu
 from cospadi.errors import NumericalError, UsageError
 from cospadi.registry import Availability, Registry
-from cospadi.whitening import Problem
+from cospadi.whitening import Problem as Problem
 
 
 class Status(enum.Enum):

@@ -139,7 +139,7 @@ def test_the_least_limit_is_enough_and_is_told(saved, tmp_path, monkeypatch, spi
     """With nothing else in the process; as many windows as take more memory than the largest group."""
     folder, _ = saved("llama")
     config, windows, given = recipe(column_weights=True), token_windows(40, 24), []
-    monkeypatch.setattr("cospadi.models.host_memory.resident_bytes", lambda: 0)
+    monkeypatch.setattr("cospadi.pipeline.memory_plan.resident_bytes", lambda: 0)
     monkeypatch.setattr(pipeline, "plan_memory", lambda *args: given.append(args) or plan_memory(*args))
 
     def accepts(limit):

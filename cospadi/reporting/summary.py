@@ -1,58 +1,27 @@
-"""What a run says of itself: report.json holds the facts, the same for the same run; run.json when, where, how long."""
+"""Sums over a compressed model, and the files that hold its report: report.json, run.json and the model card."""
 
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from cospadi.backends import processor_name
 from cospadi.files import write_durably
 from cospadi.reporting.model_card import model_card
-
-Report = dict[str, Any]
-
-
-def versions() -> dict[str, str]:
-    """Give the versions of the libraries that a result depends on."""
-    found = {}
-    for name in ("cospadi", "torch", "transformers", "numpy", "scipy", "numba", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+from cospadi.reporting.schema import GroupRow, KeptLayer, Report, RunFacts, Totals
 
 
-def machine() -> dict[str, Any]:
-    """Describe the machine: processor, cores, threads, GPU."""
-    import os
-
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "platform": platform.platform(),
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
-
-
-def totals(rows: list[dict[str, Any]], other_bytes: int, kept_dense_bytes: int) -> dict[str, Any]:
+def totals(rows: Sequence[GroupRow], kept_dense: Sequence[KeptLayer], other_bytes: int) -> Totals:
     """Sum up the rows of the groups.
 
     Parameters
     ----------
-    rows : list of dict
-        The groups' rows.
+    rows : sequence of GroupRow
+        The compressed groups.
+    kept_dense : sequence of KeptLayer
+        Layers that were to be compressed and stay dense; in bfloat16 they count on both sides of the layers' ratio.
     other_bytes : int
         Bytes of every other tensor of the checkpoint (embeddings, norms, biases, layers kept dense).
-    kept_dense_bytes : int
-        Of these, the bfloat16 bytes of linear layers that were to be compressed but were kept dense; they count on both
-        sides of the layers' ratio.
     """
+    kept_dense_bytes = sum(2 * layer["in_features"] * layer["out_features"] for layer in kept_dense)
     layer_bytes = sum(row["bytes"] for row in rows) + kept_dense_bytes
     dense_bytes = sum(row["dense_bytes"] for row in rows) + kept_dense_bytes
     paper_bytes = sum(row["paper_bytes"] for row in rows) + kept_dense_bytes
@@ -77,3 +46,8 @@ def write_report(out: str | Path, report: Report) -> None:
     """Write OUT/report.json and the model card OUT/README.md, which says the same in prose."""
     write_durably(Path(out) / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     write_durably(Path(out) / "README.md", model_card(report).encode())
+
+
+def write_run(out: str | Path, run: RunFacts) -> None:
+    """Write OUT/run.json, whose presence says that the run has ended well."""
+    write_durably(Path(out) / "run.json", json.dumps(run, indent=1).encode())

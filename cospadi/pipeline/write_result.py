@@ -1,15 +1,50 @@
-"""Write the checkpoint folder of a compressed model."""
+"""The result of a run: the checkpoint folder of the compressed model, and its report."""
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from cospadi.errors import CheckpointError
+from cospadi.allocation import Assignment
+from cospadi.calibration import fingerprint
+from cospadi.errors import CheckpointError, UsageError
+from cospadi.events import Listener, Written
+from cospadi.files import read_json
 from cospadi.formats import CHECKSUMS, CheckpointConfig, ShardWriter, write_checksums
-from cospadi.models import OpenModel
+from cospadi.models import OpenModel, fuse_experts
+from cospadi.pipeline.job import Job
 from cospadi.pipeline.records import GroupRecord, Records
-from cospadi.reporting import versions
+from cospadi.pipeline.work_folder import clear_finished
+from cospadi.recipe import CompressionConfig
+from cospadi.reporting import GroupRow, KeptLayer, Report, totals, versions, write_report
+
+
+def write_result(job: Job, plan: Assignment, records: Records, out: Path) -> Report:
+    """Write the checkpoint of the finished groups and its report; give the report."""
+    rows = [_sound(records, records.row(index)) for index in range(len(plan.groups))]
+    split = job.model.split_experts
+    fuse_experts(job.model.source.model, set(job.model.source.experts) - set(split))  # loading splits the others only
+    other_bytes = write_checkpoint(out, job.model.source, records, len(rows), split, job.config.backend)
+    report = _report(job, plan, rows, other_bytes)
+    write_report(out, report)
+    return report
+
+
+def finished_report(out: Path, config: CompressionConfig, tell: Listener) -> Report:
+    """Give the report of a run that has ended, whose command is repeated.
+
+    Raises
+    ------
+    UsageError
+        The folder holds the result of another recipe.
+    """
+    report = read_json(out, "report.json")
+    if report.get("config") != json.loads(json.dumps(config.to_dict())):
+        raise UsageError(f"output folder {out} holds a model made by another recipe: choose a new folder, or delete it")
+    clear_finished(out)
+    tell(Written(str(out)))
+    return cast(Report, report)
 
 
 def write_checkpoint(
@@ -102,3 +137,41 @@ def _write_settings(out: Path, source: OpenModel, settings: CheckpointConfig) ->
     if generation is not None and source.model.can_generate():
         generation.save_pretrained(out)
     config.save_pretrained(out)
+
+
+def _report(job: Job, plan: Assignment, rows: list[GroupRow], other_bytes: int) -> Report:
+    """Assemble the report."""
+    config, model = job.config, job.model
+    uniform = "a factorisation would save nothing at this ratio"
+    reason = uniform if config.allocation == "uniform" else "the bytes are spent better elsewhere"
+    kept: list[KeptLayer] = [
+        {
+            "name": layer.name,
+            "reason": reason,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+        }
+        for group in plan.dense
+        for layer in group.layers
+    ]
+    return {
+        "cospadi": versions()["cospadi"],
+        "model": model.source.name,
+        "left_out": list(model.source.unused),
+        "causal": model.source.model.can_generate(),
+        "config": config.to_dict(),
+        "calibration": {
+            "source": config.calibration.text or "the public-domain text of the package",
+            "fingerprint": fingerprint(model.windows),
+            "windows": model.windows.shape[0],
+            "seq_len": model.windows.shape[1],
+            "loss": next((job.measurements[source].note for source in model.sources), ""),
+        },
+        "solver": {"name": job.method.solver_name, "reason": job.reason},
+        "format": job.method.format,
+        "allocation": plan.account,
+        "groups": rows,
+        "kept_dense": kept,
+        "totals": totals(rows, kept, other_bytes),
+        "evaluation": None,
+    }
