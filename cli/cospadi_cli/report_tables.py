@@ -1,5 +1,6 @@
 """Tables of a compression's report, of an evaluation and of a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from rich.table import Table
 
 from cospadi_cli.console import console, make_table, print_table, printable, size
 
-Json = dict[str, Any]
+Json = Mapping[str, Any]
 """A part of report.json, or what has its form."""
 
 

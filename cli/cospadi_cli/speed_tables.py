@@ -1,7 +1,7 @@
 """Tables of ``bench`` and ``tune``."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from cospadi.backends import Tuned
     from cospadi.evaluation.speed import Crossover, LayerFigures, LayerRow, ModelFigures
+    from cospadi.reporting import Machine
 
 _COLUMNS = (
     "spread: distance of the quartiles; vs torch, vs own: how many times faster than the dense product of torch and "
@@ -21,7 +22,7 @@ _COLUMNS = (
 )
 
 
-def show_layers(figures: "LayerFigures", machine: dict[str, Any]) -> None:
+def show_layers(figures: "LayerFigures", machine: "Machine") -> None:
     """Show figures of layers, one table per layer and dtype."""
     screen, rows, rates = console(), figures.rows, figures.rates
     _show_machine(machine, figures.settings.device)
@@ -50,7 +51,7 @@ def show_layers(figures: "LayerFigures", machine: dict[str, Any]) -> None:
     screen.print(f"{_COLUMNS} Measured: {figures.method}.", style="dim", markup=False)
 
 
-def show_model(figures: "ModelFigures", machine: dict[str, Any]) -> None:
+def show_model(figures: "ModelFigures", machine: "Machine") -> None:
     """Show figures of whole models."""
     screen, settings = console(), figures.settings
     _show_machine(machine, settings.device)
@@ -121,7 +122,7 @@ def _layer_table(rows: "list[LayerRow]") -> Table:
     return table
 
 
-def _show_machine(machine: dict[str, Any], device: "torch.device") -> None:
+def _show_machine(machine: "Machine", device: "torch.device") -> None:
     import torch
 
     where = machine["gpu"] if device.type == "cuda" else machine["processor"]
