@@ -124,6 +124,11 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
     return found[0], found[1]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Give the name of a dtype without the name of its library, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def torch_device(name: str) -> torch.device:
     """Give the device of a name; ``auto`` is a GPU where there is one.
 

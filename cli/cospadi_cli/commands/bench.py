@@ -1,16 +1,21 @@
-"""``bench``: how fast single layers and whole models are, beside dense ones."""
+"""``bench``: the speed of single layers and whole models, beside dense ones."""
 
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cospadi_cli import render, render_speed
-from cospadi_cli.places import DEVICE_HELP, torch_device, torch_dtypes, torch_threads
+from cospadi_cli.console import print_json, quieten_libraries
+from cospadi_cli.speed_tables import show_layers, show_model
+from cospadi_cli.torch_settings import DEVICE_HELP, speed_device, torch_dtypes, torch_threads
+
+if TYPE_CHECKING:
+    from cospadi.evaluation.speed import LayerFigures, ModelFigures
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _VALUE_DTYPES = ("bfloat16", "float16", "float32", "bfloat14", "int8")
@@ -18,7 +23,7 @@ _OF_LAYERS = ("shape", "shapes", "ratio", "tokens", "value_dtype", "plot")
 _OF_MODELS = ("baseline", "prompt_tokens", "new_tokens", "memory")
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """Whole numbers separated by commas, such as 1,8,512."""
 
     name = "N,N,..."
@@ -55,9 +60,9 @@ class _Numbers(click.ParamType):
     "--dtype",
     type=click.Choice(_DTYPES),
     multiple=True,
-    help="Of the inputs and of the dense weights. May be repeated.  [default: bfloat16; with MODEL also float32]",
+    help="Dtype of the inputs and of the dense weights. May be repeated.  [default: bfloat16; with MODEL also float32]",
 )
-@click.option("--value-dtype", type=click.Choice(_VALUE_DTYPES), help="Of the coefficients.  [default: bfloat16]")
+@click.option("--value-dtype", type=click.Choice(_VALUE_DTYPES), help="Dtype of the coefficients.  [default: bfloat16]")
 @click.option(
     "--backend",
     multiple=True,
@@ -65,75 +70,77 @@ class _Numbers(click.ParamType):
 )
 @click.option("--baseline", metavar="PATH", help="Dense model beside MODEL.  [default: MODEL multiplied out]")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), help="Tokens of the prompt of MODEL.  [default: 512]")
-@click.option("--new-tokens", type=click.IntRange(min=1), help="Tokens that MODEL writes.  [default: 64]")
+@click.option("--new-tokens", type=click.IntRange(min=1), help="Tokens that MODEL generates.  [default: 64]")
 @click.option("--memory/--no-memory", default=None, help="Measure the memory of MODEL.  [default: yes]")
 @click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU.  [default: torch's own]")
-@click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True, help="Turns of every contender.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of random factors, inputs and prompts.")
-@click.option("--out", metavar="FILE.json", help="Write the figures here, with machine and versions.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=9, show_default=True, help="Repeats of each measurement."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random factors, inputs and prompts.")
+@click.option("--out", metavar="FILE.json", help="Write the figures to this file, with machine and versions.")
 @click.option("--plot", metavar="FILE.png", help="Draw the times of layers over the number of tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.pass_context
-def bench(ctx: click.Context, model: str | None, out: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Measure speed beside dense layers, or that of the compressed MODEL beside the dense one.
+def bench(ctx: click.Context, /, model: str | None, out: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Measure the speed of compressed layers, or of the compressed MODEL, beside dense ones.
 
-    Without MODEL random layers are measured: microseconds of every backend and of dense products, with the weights not
-    in any cache.  With MODEL, a folder: tokens per second of prefill and decode, and memory.
+    Without MODEL, random layers are measured: microseconds of every backend and of dense products, with weights that
+    are not in the cache.  With MODEL, a folder: tokens per second of prefill and decode, and memory.
     """
     _check_options(model, given)
     for option, path in (("--out", out), ("--plot", given["plot"])):
         _check_writable(option, path)
+    from cospadi.evaluation.speed import LayerFigures, plot_layers, require_matplotlib
     from cospadi.reporting import machine, versions
 
     if given["plot"]:
-        from cospadi.evaluation.speed import plot, require_matplotlib
-
         require_matplotlib()
     tell = (lambda text: None) if quiet else (lambda text: click.echo(text, err=True))
     with torch_threads(given["threads"]):
-        measured = _measure_model(model, given, tell) if model else _measure_layers(given, tell)
-        figures = {
-            "command": command_of(ctx.obj),
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "machine": machine(),
-            "versions": versions(),
-            "seed": given["seed"],
-            **measured,
-        }
+        figures = _measure_model(model, given, tell) if model else _measure_layers(given, tell)
+        here = machine()
+    record = {
+        "command": command_of(ctx.obj),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": here,
+        "versions": versions(),
+        "seed": given["seed"],
+        **figures.to_dict(),
+    }
     if out:
-        Path(out).write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if given["plot"]:
-        plot(figures, given["plot"])
+        Path(out).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if isinstance(figures, LayerFigures) and given["plot"]:
+        plot_layers(figures, given["plot"])
     if as_json:
-        render.print_json(figures)
-    elif model:
-        render_speed.show_model(figures)
+        print_json(record)
+    elif isinstance(figures, LayerFigures):
+        show_layers(figures, here)
     else:
-        render_speed.show_layers(figures)
+        show_model(figures, here)
 
 
-def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    from cospadi.evaluation.speed import SHAPES, LayerSettings, measure_kernels
+def _measure_layers(given: dict[str, Any], tell: Callable[[str], None]) -> "LayerFigures":
+    from cospadi.evaluation.speed import LAYER_SHAPES, LayerSettings, measure_layers
 
     named = given["shapes"] or (None if given["shape"] else "standard")
-    sets = SHAPES if named == "all" else [named] if named else []
+    sets = LAYER_SHAPES if named == "all" else [named] if named else []
     settings = LayerSettings(
-        shapes=(*(shape for name in sets for shape in SHAPES[name]), *given["shape"]),
+        shapes=(*(shape for name in sets for shape in LAYER_SHAPES[name]), *given["shape"]),
         ratios=given["ratio"] or (0.3,),
         tokens=given["tokens"] or (1, 8, 512),
         dtypes=torch_dtypes(given["dtype"] or ("bfloat16",)),
         value_dtype=given["value_dtype"] or "bfloat16",
         backends=given["backend"],
-        device=torch_device(given["device"]),
+        device=speed_device(given["device"]),
         repeats=given["repeats"],
         seed=given["seed"],
     )
-    return measure_kernels(settings, tell)
+    return measure_layers(settings, tell)
 
 
-def _measure_model(model: str, given: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+def _measure_model(model: str, given: dict[str, Any], tell: Callable[[str], None]) -> "ModelFigures":
     from cospadi.evaluation.speed import ModelSettings, measure_model
 
     settings = ModelSettings(
@@ -143,23 +150,21 @@ def _measure_model(model: str, given: dict[str, Any], tell: Callable[[str], None
         dtypes=torch_dtypes(given["dtype"] or ("bfloat16", "float32")),
         prompt_tokens=given["prompt_tokens"] or 512,
         new_tokens=given["new_tokens"] or 64,
-        device=torch_device(given["device"]),
+        device=speed_device(given["device"]),
         repeats=given["repeats"],
         seed=given["seed"],
         memory=given["memory"] is not False,
     )
-    render.quieten_libraries()
+    quieten_libraries()
     figures = measure_model(settings, tell)
-    for key in ("model", "baseline"):
-        if figures["settings"][key] is not None:
-            figures["settings"][key] = Path(figures["settings"][key]).name
-    if settings.baseline is not None:
-        figures["baseline"] = Path(settings.baseline).name
-    return figures
+    # A record names files without their folders.
+    baseline = None if settings.baseline is None else Path(settings.baseline).name
+    named = replace(settings, model=Path(model).name, baseline=baseline)
+    return replace(figures, settings=named, baseline=baseline or figures.baseline)
 
 
 def _check_options(model: str | None, given: dict[str, Any]) -> None:
-    """Refuse options of layers beside a model and the other way round, rather than ignore them."""
+    """Refuse options of layers with a model, and options of models without one."""
     for name in _OF_LAYERS if model else _OF_MODELS:
         if given[name] not in (None, ()):
             option = f"--{name.replace('_', '-')}"
@@ -170,13 +175,13 @@ def _check_options(model: str | None, given: dict[str, Any]) -> None:
 
 
 def _check_writable(option: str, path: str | None) -> None:
-    """Refuse a file that has no folder before minutes are spent on what it is to hold."""
+    """Refuse a file that has no folder, before anything is measured."""
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise click.UsageError(f"{option} {path}: expected a file in a folder that exists")
 
 
 def command_of(typed: str) -> str:
-    """Give a command line with files named without their folders, which say nothing of the figures."""
+    """Give a command line that names files without their folders."""
 
     def bare(argument: str) -> str:
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)

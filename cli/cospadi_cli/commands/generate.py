@@ -1,8 +1,9 @@
-"""``generate``: what a model writes."""
+"""``generate``: the continuation of a prompt by a model."""
 
 import click
 
-from cospadi_cli import render
+from cospadi_cli.console import print_json, quieten_libraries
+from cospadi_cli.evaluation_protocol import check_backend
 from cospadi_cli.options import recipe_options
 
 
@@ -22,15 +23,14 @@ def generate(
     from cospadi.evaluation import load_model
     from cospadi.models import read_tokenizer
     from cospadi.recipe import CompressionConfig
-    from cospadi_cli import measuring
 
     defaults = CompressionConfig()
     backend, device = backend or defaults.backend, device or defaults.device
-    measuring.check_backend(backend)
-    render.quieten_libraries()
+    check_backend(backend)
+    quieten_libraries()
     model = load_model(path, backend, device)
     continuation = continue_prompt(model, read_tokenizer(path), prompt, max_new_tokens)
     if as_json:
-        render.print_json({"model": path, "prompt": prompt, "continuation": continuation})
+        print_json({"model": path, "prompt": prompt, "continuation": continuation})
     else:
         click.echo(prompt + continuation)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run that is asked to stop ends in order, by an exception."""
+"""Ctrl-C and SIGTERM as exceptions, so that a run that is asked to stop cleans up."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SAME = 2.0
-"""Seconds within which a second signal is part of the first: impatience, or a launcher that passes it on as well."""
+"""Seconds within which a second signal counts as the same: a launcher may pass on a signal that arrived anyway."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -19,8 +19,8 @@ class Terminated(KeyboardInterrupt):
 def stoppable() -> Iterator[None]:
     """Raise KeyboardInterrupt for SIGINT and Terminated for SIGTERM, once for signals that come together.
 
-    What stops is not interrupted by a second Ctrl-C at once; one that comes later gets through, should stopping hang.
-    A signal that was ignored stays so (``nohup``), and outside the main thread nothing changes.
+    A second signal within two seconds does not interrupt the clean-up; a later one does, in case it hangs.  A signal
+    that was ignored stays ignored (``nohup``).  Outside the main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -40,5 +40,5 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            # After one signal the process is about to end, and another must not fill the screen from its last steps.
+            # After a signal the process is about to end; another one must not print a traceback from its last steps.
             signal.signal(number, handler if last is None else signal.SIG_IGN)

@@ -1,12 +1,14 @@
 """What a layer's call costs beyond its backend's product: module, operator and bookkeeping."""
 
 import statistics
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
+from cospadi.arrays import dtype_name
 from cospadi.backends import BACKENDS, Placement, SparseLinear, build_group
-from cospadi.evaluation.speed.problems import FORMAT, Layer, LayerSize, random_inputs, random_layer
+from cospadi.evaluation.speed.contenders import prepare
+from cospadi.evaluation.speed.random_layers import FORMAT, Layer, LayerSize, random_inputs, random_layer
 from cospadi.evaluation.speed.timing import Clock, Rotation, clock_of, take_turns
 from cospadi.formats import GroupSpec, MemberSpec, dictionary_dtype_of, dictionary_tensors
 
@@ -14,11 +16,32 @@ _CALLS = 200
 """Calls of a turn; one alone takes less than a clock can tell."""
 
 
+@dataclass(frozen=True)
+class DispatchOverhead:
+    """One token through a whole layer beside ``multiply`` alone, both with warm weights.
+
+    Attributes
+    ----------
+    backend, layer, dtype : str
+    module, multiply : float
+        Medians in microseconds.
+    overhead : float
+        Median of their differences within a repeat, in microseconds.
+    """
+
+    backend: str
+    layer: str
+    dtype: str
+    module: float
+    multiply: float
+    overhead: float
+
+
 @torch.no_grad()
-def dispatch(
+def measure_dispatch(
     name: str, size: LayerSize, placement: Placement, clock: Clock | None = None, repeats: int = 9
-) -> dict[str, Any]:
-    """Measure one token through a whole layer beside ``multiply`` alone, both with warm weights.
+) -> DispatchOverhead:
+    """Measure what a layer's call costs beyond the product.
 
     Parameters
     ----------
@@ -29,33 +52,23 @@ def dispatch(
     placement : Placement
     clock : Clock, optional
     repeats : int
-
-    Returns
-    -------
-    dict
-        ``backend``, ``layer``, ``dtype``, ``module`` and ``multiply`` (medians in microseconds) and ``overhead``, the
-        median of their differences within a repeat.
     """
     layer = random_layer(size, placement.dtype, placement.device)
     module, backend = sparse_linear(layer, name, placement.device), BACKENDS.create(name)
-    dictionary = backend.prepare_dictionary(layer.dictionary, placement)
-    coefficients = backend.prepare_coefficients([layer.coefficients], placement)
+    state = prepare(backend, layer, placement)
     x = random_inputs(1, size.in_features, placement.dtype, placement.device)
-    calls = {
-        "module": lambda: module(x),
-        "multiply": lambda: backend.multiply(dictionary, coefficients, x, None),
-    }
+    calls = {"module": lambda: module(x), "multiply": lambda: backend.multiply(*state, x, None)}
     rotations = {kind: Rotation([call] * _CALLS) for kind, call in calls.items()}
     times = take_turns(rotations, clock or clock_of(placement.device), repeats)
     differences = [whole - part for whole, part in zip(times["module"], times["multiply"], strict=True)]
-    return {
-        "backend": name,
-        "layer": size.label,
-        "dtype": str(placement.dtype).removeprefix("torch."),
-        "module": statistics.median(times["module"]) * 1e6,
-        "multiply": statistics.median(times["multiply"]) * 1e6,
-        "overhead": statistics.median(differences) * 1e6,
-    }
+    return DispatchOverhead(
+        backend=name,
+        layer=size.label,
+        dtype=dtype_name(placement.dtype),
+        module=statistics.median(times["module"]) * 1e6,
+        multiply=statistics.median(times["multiply"]) * 1e6,
+        overhead=statistics.median(differences) * 1e6,
+    )
 
 
 def sparse_linear(layer: Layer, backend: str, device: torch.device) -> SparseLinear:

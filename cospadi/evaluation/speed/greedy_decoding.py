@@ -11,13 +11,13 @@ from cospadi.errors import UsageError
 
 
 def random_prompt(models: Sequence[Any], prompt_tokens: int, new_tokens: int, seed: int = 0) -> Tensor:
-    """Make a prompt that all models know, shape (1, prompt_tokens), on the device of the first.
+    """Give random tokens of a vocabulary that all models share, shape (1, prompt_tokens), on the first one's device.
 
     Parameters
     ----------
     models : sequence of transformers models
     prompt_tokens, new_tokens : int
-        Of the prompt and of its continuation.
+        Lengths of the prompt and of its continuation.
     seed : int
 
     Raises
@@ -49,7 +49,7 @@ class Run:
     Attributes
     ----------
     first_logits : Tensor, shape (1, vocabulary)
-        After the prompt, once it is read.
+        After the prompt; set by ``prefill``.
     """
 
     def __init__(self, model: Any, ids: Tensor) -> None:
@@ -58,7 +58,7 @@ class Run:
         self.first_logits = torch.empty(0)
         self._past: Any = None
         self._token = ids
-        # Without it a model multiplies the whole prompt by its vocabulary, of which generation needs one row.
+        # By default a model computes the logits of the whole prompt, of which generation needs the last row.
         known = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
@@ -68,7 +68,7 @@ class Run:
         self.first_logits = self._step(self.ids)
 
     def decode(self, n_tokens: int) -> None:
-        """Write tokens, one by one."""
+        """Generate tokens, one by one."""
         for _ in range(n_tokens):
             self._step(self._token)
 

@@ -1,4 +1,4 @@
-"""Which model is measured, in which precision and by which backend; plain data, so that a new process can load it."""
+"""A model to measure, with the precision and the backend; plain data, so that another process can load it."""
 
 import itertools
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model as it is to be loaded.
+class ModelVariant:
+    """A model folder, and how to load it.
 
     Attributes
     ----------
     path : str
         Folder, or hub id of a dense model.
     backend : str or None
-        Registry name for the compressed layers; None for dense layers, multiplied out where they are compressed.
+        Registry name for the compressed layers; None multiplies compressed layers out to dense ones.
     device, dtype : str
     """
 
@@ -39,7 +39,7 @@ class Loaded:
         return self.backend or DENSE
 
 
-def open_loaded(wanted: Loaded) -> Any:
+def load_variant(wanted: ModelVariant) -> Any:
     """Load a model in evaluation mode.
 
     Raises
@@ -56,11 +56,11 @@ def open_loaded(wanted: Loaded) -> Any:
         model = model_class(config).from_pretrained(wanted.path, dtype=dtype, trust_remote_code=False)
         return model.to(device).eval()
     if wanted.backend is None and described.get("quant_method") != QUANT_METHOD:
-        raise UsageError(f"{wanted.path} is quantised or compressed in another way: give the dense model")
+        raise UsageError(f"{wanted.path} is quantised or compressed by another method: give the dense model")
     model = load(wanted.path, backend=wanted.backend or "reference", dtype=dtype, device=device)
     if wanted.backend is None:
         restore_dense(model, dtype)
-        # What was not compressed still lies in the mapped file, which would keep the compressed tensors in memory too.
+        # The other tensors are views of the mapped file, which would keep the compressed tensors in memory too.
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             tensor.data = tensor.data.clone()
     return model

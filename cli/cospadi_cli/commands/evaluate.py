@@ -1,11 +1,13 @@
-"""``eval``: perplexity and multiple choice of a model, beside a baseline if asked."""
+"""``eval``: perplexity and multiple choice of a model, optionally beside a baseline."""
 
 from typing import Any
 
 import click
 
-from cospadi_cli import render
+from cospadi_cli.console import print_json, quieten_libraries, working
+from cospadi_cli.evaluation_protocol import check_backend, make_protocol, open_evaluation_text
 from cospadi_cli.options import execution_from, execution_options, recipe_options
+from cospadi_cli.report_tables import show_evaluation
 
 
 @click.command("eval")
@@ -40,28 +42,25 @@ def evaluate(
 
     A line of the file for --choices is {"prompt": "...", "choices": ["...", "..."], "answer": 0}.
     """
-    from cospadi.calibration import EMBEDDED_EVALUATION, open_text
     from cospadi.errors import UsageError
-    from cospadi.evaluation import compare, measure_folders, read_questions
+    from cospadi.evaluation import Comparison, measure_folders, read_questions
     from cospadi.recipe import CompressionConfig
-    from cospadi_cli import measuring
 
     execution = execution_from(values)
     defaults = CompressionConfig()
     backend, device = backend or defaults.backend, device or defaults.device
-    measuring.check_backend(backend)
+    check_backend(backend)
     questions = read_questions(choices) if choices else None
-    content = open_text(text, EMBEDDED_EVALUATION)
-    name = text or "the public-domain evaluation text of the package"
-    render.quieten_libraries()
-    protocol = measuring.protocol(path, name, content, tokens, window, questions=questions)
+    opened = open_evaluation_text(text)
+    quieten_libraries()
+    protocol = make_protocol(path, opened, tokens, window, questions=questions)
     if protocol is None:
         raise UsageError(f"{path} is not a causal language model: perplexity needs one")
     paths = (path,) if baseline is None else (baseline, path)
-    with render.working(f"evaluating {' and '.join(paths)}", quiet):
+    with working(f"evaluating {' and '.join(paths)}", quiet):
         found = measure_folders(paths, protocol, backend, device, execution)
-    evaluation = compare(found[0] if baseline is not None else None, found[-1], protocol)
+    compared = Comparison(protocol, found[0] if baseline is not None else None, found[-1]).to_dict()
     if as_json:
-        render.print_json({"model": path, "baseline_model": baseline, **evaluation})
+        print_json({"model": path, "baseline_model": baseline, **compared})
     else:
-        render.show_measurements(path, evaluation)
+        show_evaluation(path, compared)

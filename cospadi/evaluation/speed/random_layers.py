@@ -1,4 +1,4 @@
-"""Layers to measure: shapes, sizes at honest bytes, and random factors of those sizes."""
+"""Layers to measure: shapes, sizes that compression would choose, and random factors of those sizes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cospadi.allocation import DENSE_BITS, Budget, GroupShape
+from cospadi.allocation import Budget, GroupShape
 from cospadi.errors import UsageError
 from cospadi.formats import (
     FORMATS,
@@ -22,16 +22,16 @@ FORMAT = "bitmask"
 Shape = tuple[int, int]
 """Input and output features."""
 
-SHAPES: dict[str, tuple[Shape, ...]] = {
+LAYER_SHAPES: dict[str, tuple[Shape, ...]] = {
     "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
     "standard": ((2048, 2048), (4096, 4096), (4096, 11008)),
 }
-"""``smollm2``: the layers of SmolLM2-135M; ``standard``: square ones, and a large one that widens (Llama-2-7B)."""
+"""``smollm2``: the layers of SmolLM2-135M; ``standard``: two square layers and one of Llama-2-7B."""
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """A layer and what compression makes of it.
+    """The sizes of a layer and of its compressed form.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ class Layer:
     dictionary : PackedDictionary
     coefficients : PackedCoefficients
     weight : Tensor, shape (out_features, in_features)
-        Of the dense layer, in the dtype of its inputs.  Its numbers are other ones: only its bytes matter.
+        Of the dense layer, in the dtype of its inputs.  Its values are random: only its bytes matter.
     """
 
     size: LayerSize
@@ -115,7 +115,7 @@ class Layer:
         yield from self.coefficients.tensors.values()
 
     def copy(self) -> "Layer":
-        """Give the same layer elsewhere in memory."""
+        """Give a copy of the layer."""
         scales = self.dictionary.scales
         dictionary = PackedDictionary(self.dictionary.values.clone(), None if scales is None else scales.clone())
         tensors = {name: tensor.clone() for name, tensor in self.coefficients.tensors.items()}
@@ -157,8 +157,3 @@ def random_inputs(n_tokens: int, in_features: int, dtype: torch.dtype, device: t
     """Make x, shape (n_tokens, in_features)."""
     generator = torch.Generator().manual_seed(seed + n_tokens)
     return torch.randn(n_tokens, in_features, generator=generator).to(device, dtype)
-
-
-def dense_bytes(shape: Shape, bits: int = DENSE_BITS) -> int:
-    """Count the bytes of a dense weight."""
-    return shape[0] * shape[1] * bits // 8

@@ -1,11 +1,11 @@
-"""``selftest``: whether every backend computes right on this machine."""
+"""``selftest``: a check of every backend on this machine."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from cospadi_cli import render
+from cospadi_cli.console import print_json
 
 if TYPE_CHECKING:
     from cospadi.backends.selftest import Check
@@ -15,13 +15,13 @@ _COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 @click.command()
 @click.option("--gpu", is_flag=True, help="Check on the NVIDIA GPU, which takes minutes; by default on the CPU.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
 def selftest(gpu: bool, as_json: bool) -> int:
-    """Compare what every backend computes on this machine with float64.
+    """Compare the products of every backend on this machine with float64.
 
-    With --gpu also CUDA graphs, streams, memory and K-SVD on cupy: all that needs a GPU and that the tests of the
-    package cannot run without one.  Leaves with exit code 1 if a check failed.  What cannot run here is listed as
-    skipped, with the reason.
+    With --gpu also check CUDA graphs, streams, memory and K-SVD on cupy, which the tests of the package cannot run
+    without a GPU.  The exit code is 1 if a check failed.  A check that cannot run here is listed as skipped, with the
+    reason.
     """
     from cospadi.backends.selftest import checks, machine
 
@@ -32,14 +32,14 @@ def selftest(gpu: bool, as_json: bool) -> int:
         click.echo(f"{check.check}, {check.subject}: {check.verdict}", err=True)
     failed = sum(check.verdict == "failed" for check in found)
     if as_json:
-        render.print_json({**where, "failed": failed, "checks": [asdict(check) for check in found]})
+        print_json({**where, "failed": failed, "checks": [asdict(check) for check in found]})
     else:
         _show(where, found)
     return 1 if failed else 0
 
 
 def _show(machine: dict[str, str | None], checks: "list[Check]") -> None:
-    """Print a table and how many checks ended how."""
+    """Print a table of the checks and the number of each verdict."""
     cuda = f", CUDA {machine['cuda']}" if machine["cuda"] else ""
     click.echo(f"{machine['device']}, torch {machine['torch']}{cuda}")
     click.secho(f"{'check':<24}{'of':<14}{'cases':>6}{'worst':>10}{'allowed':>10}  verdict", bold=True)

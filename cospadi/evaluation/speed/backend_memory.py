@@ -1,4 +1,4 @@
-"""Bytes: what backends keep besides the stored tensors, and what a call takes for a while."""
+"""The memory that backends keep besides the stored tensors, and that a call takes temporarily."""
 
 import ctypes
 import weakref
@@ -20,7 +20,7 @@ def extra_bytes(state: Any, stored: Iterable[Tensor]) -> int:
     state : Any
         What a backend prepared: tensors, arrays and ctypes structures within dataclasses, tuples, lists and mappings.
     stored : iterable of Tensor
-        They stay in memory anyway, so what shares their memory counts nothing.
+        They stay in memory anyway, so tensors that share their memory are not counted.
     """
     known = {storage for tensor in stored for storage, _ in _storages(tensor)}
     found: dict[Any, int] = {}
@@ -44,7 +44,7 @@ def _storages(tensor: Tensor) -> Iterator[tuple[Any, int]]:
 
 
 def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
-    """Walk through a state to all that holds memory; streams, modules and plain numbers hold none that is counted."""
+    """Give everything in a state that holds memory; streams, modules and plain numbers are not counted."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -110,10 +110,10 @@ def _key(tensor: Tensor) -> int:
 
 
 def scratch_bytes(call: Callable[[], Tensor], device: torch.device) -> int:
-    """Count the bytes by which a call, at its worst moment, takes more than its result.
+    """Count the bytes by which the peak of a call exceeds its result.
 
-    On a CPU these are the tensors that torch's operators make within the call, without what a product takes inside;
-    on a GPU it is what torch's allocator hands out.
+    On a CPU these are the tensors that torch's operators make within the call, without the inner memory of a product;
+    on a GPU, the memory that torch's allocator hands out.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,28 +1,33 @@
-"""``tune``: measure from which number of tokens on dense products are better here, and remember it."""
+"""``tune``: measure and store the numbers of tokens from which dense products are faster here."""
 
 from dataclasses import asdict
 
 import click
 
-from cospadi_cli import render, render_speed
-from cospadi_cli.places import DEVICE_HELP, torch_device, torch_threads
+from cospadi_cli.console import print_json
+from cospadi_cli.speed_tables import show_crossovers, show_tuned
+from cospadi_cli.torch_settings import DEVICE_HELP, speed_device, torch_threads
 
 
 @click.command()
 @click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU.  [default: torch's own]")
 @click.option(
-    "--seconds", type=click.FloatRange(min=1), default=100.0, show_default=True, help="How long to measure, about."
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=100.0,
+    show_default=True,
+    help="Approximate length of the measurement.",
 )
 @click.option("--show", is_flag=True, help="Only show what is stored.")
 @click.option("--reset", is_flag=True, help="Only remove what is stored.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def tune(device: str, threads: int | None, seconds: float, show: bool, reset: bool, as_json: bool, quiet: bool) -> None:
-    """Measure this machine, so that backend auto changes from kernels to dense products where it should.
+    """Measure from how many tokens dense products are faster than kernels, for the choice of backend auto.
 
-    What is found is kept in the cache folder and holds for the same processor or GPU, number of threads and versions of
-    torch and cospadi; elsewhere the shipped thresholds are taken.
+    The thresholds are stored in the cache folder.  They hold for the same processor or GPU, number of threads and
+    versions of torch and cospadi; in all other cases the shipped thresholds are used.
     """
     from cospadi.backends import reset_tuned, store_tuned, stored_tuned
 
@@ -31,22 +36,22 @@ def tune(device: str, threads: int | None, seconds: float, show: bool, reset: bo
     if reset:
         removed = reset_tuned()
         if as_json:
-            render.print_json({"removed": removed})
+            print_json({"removed": removed})
         else:
             click.echo("Removed." if removed else "Nothing is stored.")
         return
     found = []
     if not show:
-        from cospadi.evaluation.speed import measure_crossovers, to_store
+        from cospadi.evaluation.speed import measure_crossovers, tuned_thresholds
 
-        place = torch_device(device)
+        place = speed_device(device)
         with torch_threads(threads):
             found = measure_crossovers(place, seconds, lambda text: None if quiet else click.echo(text, err=True))
-            store_tuned(to_store(place, found))
+            store_tuned(tuned_thresholds(place, found))
     entries = stored_tuned()
     if as_json:
         crossovers = [asdict(one) for one in found]
-        render.print_json({"entries": [asdict(entry) for entry in entries], "measured": crossovers})
+        print_json({"entries": [asdict(entry) for entry in entries], "measured": crossovers})
     else:
-        render_speed.show_crossovers(found)
-        render_speed.show_tuned(entries)
+        show_crossovers(found)
+        show_tuned(entries)

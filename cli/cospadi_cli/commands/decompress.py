@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cospadi_cli import render
+from cospadi_cli.console import quieten_libraries, working
 
 
 @click.command()
@@ -19,7 +19,7 @@ def decompress(path: Path, out: Path) -> None:
     from cospadi.integrations import require_checkpoint
 
     require_checkpoint(path)
-    render.quieten_libraries()
-    with render.working(f"multiplying out {path}"):
+    quieten_libraries()
+    with working(f"multiplying out {path}"):
         multiply_out(path, out)
     click.echo(f"The dense model is in {out}.")

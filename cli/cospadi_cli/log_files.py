@@ -1,4 +1,4 @@
-"""Files that take one line after the other, at once, and may fail without the run."""
+"""Files that a run appends lines to; a file that cannot be written does not stop the run."""
 
 import json
 import sys
@@ -16,13 +16,13 @@ from cospadi.events import Event, Listener
 
 
 class LineFile:
-    """An open file that takes whole lines; where there is no room for one it is dropped, with one warning.
+    """An open file that lines are appended to; lines for which there is no room are dropped, with one warning.
 
     Parameters
     ----------
     file : binary file without a buffer
     name : str
-        For the warning.
+        Used in the warning.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -30,8 +30,8 @@ class LineFile:
         self._torn = self._warned = False
 
     def write(self, line: str) -> None:
-        """Write a line at once."""
-        # What a full disk tore must not spoil the next line as well.
+        """Write a line without buffering."""
+        # After a line that a full disk cut short, the next one needs a new line.
         data = (b"\n" if self._torn else b"") + f"{line}\n".encode()
         try:
             written = self._file.write(data) or 0
@@ -45,12 +45,12 @@ class LineFile:
 
 
 def stamped(file: LineFile) -> Callable[[str], None]:
-    """Give what writes lines with their time."""
+    """Give a function that writes lines with their time in UTC."""
     return lambda line: file.write(f"{_utc('seconds')} {line}")
 
 
 def as_json(file: LineFile) -> Listener:
-    """Give a listener that writes every event as JSON on one line, with the time and that of this process so far."""
+    """Give a listener that writes every event as JSON on one line, with the time and the CPU seconds so far."""
 
     def listen(event: Event) -> None:
         times = {"time": _utc("milliseconds"), "cpu_seconds": round(time.process_time(), 3)}
@@ -73,12 +73,12 @@ def open_lines(option: str, path: Path) -> Iterator[LineFile]:
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from error
     with file:
-        yield LineFile(file, f"{option} {path}")  # type: ignore[arg-type]
+        yield LineFile(file, f"{option} {path}")
 
 
 def standard_output() -> LineFile:
-    """Give standard output as such a file."""
-    # Without the buffer, which Python would fill, and at its end try to empty, for a reader that has gone.
+    """Give standard output as a ``LineFile``."""
+    # Unbuffered: at its end Python would try to flush a buffer to a reader that has gone.
     return LineFile(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), "standard output")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import NumericalError, UsageError
-from cospadi.evaluation.perplexity import count_words, perplexity, token_nll
+from cospadi.evaluation.likelihood import count_words, perplexity, token_nll
 from tests.helpers import ARCHITECTURES, VOCABULARY
 
 
@@ -83,7 +83,7 @@ def test_token_nll_does_not_depend_on_the_chunks(
     vocabulary,
     seed,
 ):
-    import cospadi.evaluation.perplexity as module
+    import cospadi.evaluation.likelihood as module
 
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, vocabulary, generator=generator) * 5

@@ -1,7 +1,7 @@
-"""How well a causal language model predicts a text.
+"""The likelihood that a causal language model gives to a text, and the perplexity that follows from it.
 
-Two numbers of one measurement, because the field uses both and mixing them misleads: ``token`` perplexity (GPTQ, AWQ,
-SVD-LLM) depends on the tokenizer, ``word`` perplexity (lm-eval, CoSpaDi, ROCKET) does not and is always larger.
+The field uses two perplexities.  That per token (GPTQ, AWQ, SVD-LLM) depends on the tokenizer.  That per word (lm-eval,
+CoSpaDi, ROCKET) does not, and is always larger.
 """
 
 import math
@@ -62,9 +62,9 @@ def perplexity(model: Any, windows: Tensor, tokenizer: Any = None, batch_size: i
     Parameters
     ----------
     model : transformers causal language model
-        Moved nowhere; switched to evaluation mode for the call.
+        Stays on its device; switched to evaluation mode for the call.
     windows : Tensor, shape (n_windows, window), int64
-        See ``cospadi.calibration.data.token_windows``.
+        Windows of the text without overlap, as ``cospadi.calibration.token_windows`` gives them.
     tokenizer : transformers tokenizer, optional
         Counts the words of the text; without it there is no word perplexity.
     batch_size : int
@@ -145,7 +145,7 @@ def batch_nll(logits: Tensor, batch: Tensor, first: int) -> float:
 
 
 def summarize(nlls: Sequence[float], windows: Tensor, tokenizer: Any = None) -> Perplexity:
-    """Make the result of the NLLs of all batches, added up in their order, whoever computed them."""
+    """Give the perplexity from the NLLs of all batches, added up in the order of the text."""
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
     total = 0.0
     for nll in nlls:  # not by sum(), which Python 3.12 began to compensate
@@ -190,5 +190,5 @@ def count_words(tokenizer: Any, windows: Tensor) -> int:
 
 
 def _exp(value: float) -> float:
-    """Exponentiate; beyond the range of a float the perplexity is infinite, which is a result and not a fault."""
+    """Give exp(value), infinite beyond the range of a float: an infinite perplexity is a valid result."""
     return math.exp(value) if value < 700 else math.inf

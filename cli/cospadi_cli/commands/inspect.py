@@ -1,13 +1,18 @@
-"""``inspect``: what a checkpoint holds, group by group."""
+"""``inspect``: the groups of a checkpoint."""
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cospadi_cli import render
+from cospadi_cli.console import print_json
+from cospadi_cli.report_tables import show_inspection
+
+if TYPE_CHECKING:
+    from cospadi.formats import CheckpointConfig
 
 
 @click.command()
@@ -17,22 +22,22 @@ def inspect(path: Path, as_json: bool) -> None:
     """Show the groups of the checkpoint at PATH: sizes, bytes, errors and the worst layers."""
     inspection = inspect_checkpoint(path)
     if as_json:
-        render.print_json({"path": str(path), **inspection})
+        print_json({"path": str(path), **inspection})
     elif not inspection["groups"]:
         click.echo(f"{path}: no layer is compressed")
     else:
-        render.show_inspection(str(path), inspection)
+        show_inspection(str(path), inspection)
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Give the rows of report.json, or without one those that config.json alone can give: sizes but no errors.
+    """Give the rows of report.json; if there is none, those that follow from config.json: sizes but no errors.
 
     Raises
     ------
     CheckpointError
-        A file is damaged, or report.json tells of another checkpoint.
+        A file is damaged, or report.json describes another checkpoint.
     UsageError
-        The folder is no compressed checkpoint.
+        The folder is not a compressed checkpoint.
     """
     from cospadi.errors import CheckpointError
     from cospadi.files import read_json
@@ -48,13 +53,13 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     data = read_json(path, "report.json")
     if not _fits(data, described):
         raise CheckpointError(
-            f"{report} is damaged or tells of another checkpoint: delete it to see what config.json alone says"
+            f"{report} is damaged or describes another checkpoint: delete it to see what config.json says"
         )
     return {"groups": data["groups"], "totals": data["totals"], "evaluation": data["evaluation"]}
 
 
 def _fits(report: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Tell whether a report has what is shown, and says of the groups what config.json does."""
+    """Tell whether a report has all that is shown, and describes the groups of config.json."""
     try:
         json.dumps(report, allow_nan=False)
     except ValueError:  # NaN or infinity
@@ -95,12 +100,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _from_config(settings: Any) -> dict[str, Any]:
-    from math import prod
-
+def _from_config(settings: "CheckpointConfig") -> dict[str, Any]:
     from cospadi.formats import expected_tensors
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group in settings.groups:
         tensors = {
             name: prod(shape) * dtypes[0].itemsize
@@ -117,18 +120,29 @@ def _from_config(settings: Any) -> dict[str, Any]:
             for member in group.members
         ]
         outputs = sum(member.out_features for member in group.members)
-        row = {"name": group.name, "members": members, "in_features": group.in_features}
         columns = group.in_features if group.side == "output" else outputs
         n_nonzero = round(sum(member.n_stored for member in group.members) / columns)
         plain = group.format == "identity"
-        row |= {"n_atoms": None if plain else group.n_atoms, "n_nonzero": None if plain else n_nonzero}
-        row |= {"kind": "quantized" if plain else "sparse" if group.dictionary_dtype == "none" else "factors"}
-        row |= {"side": None if plain else group.side}
-        row |= {"value_dtype": group.dictionary_dtype if plain else group.value_dtype}
-        row |= {"dictionary_dtype": group.dictionary_dtype}
-        row |= {"relative_error": None, "bytes": sum(tensors.values()), "dense_bytes": 2 * group.in_features * outputs}
-        rows.append(row)
-    totals = {"n_layers": sum(len(row["members"]) for row in rows), "n_groups": len(rows)}
-    totals |= {"layer_bytes": sum(row["bytes"] for row in rows)}
-    totals |= {"layer_dense_bytes": sum(row["dense_bytes"] for row in rows)}
+        rows.append(
+            {
+                "name": group.name,
+                "members": members,
+                "in_features": group.in_features,
+                "n_atoms": None if plain else group.n_atoms,
+                "n_nonzero": None if plain else n_nonzero,
+                "kind": "quantized" if plain else "sparse" if group.dictionary_dtype == "none" else "factors",
+                "side": None if plain else group.side,
+                "value_dtype": group.dictionary_dtype if plain else group.value_dtype,
+                "dictionary_dtype": group.dictionary_dtype,
+                "relative_error": None,
+                "bytes": sum(tensors.values()),
+                "dense_bytes": 2 * group.in_features * outputs,
+            }
+        )
+    totals = {
+        "n_layers": sum(len(group.members) for group in settings.groups),
+        "n_groups": len(rows),
+        "layer_bytes": sum(row["bytes"] for row in rows),
+        "layer_dense_bytes": sum(row["dense_bytes"] for row in rows),
+    }
     return {"groups": rows, "totals": totals, "evaluation": None}
