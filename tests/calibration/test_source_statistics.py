@@ -24,7 +24,7 @@ def filled(seed=0, n_tokens=7, **options):
     weights = sum(statistics.layers[name].add(g) for name, g in gradients.items())
     for name in gradients:
         statistics.layers[name].n_tokens += n_tokens
-    if statistics.has_weighted_gram:
+    if statistics._weighted is not None:
         statistics.add_weighted(x, weights)
     return statistics, x, gradients
 
@@ -74,11 +74,11 @@ def test_save_and_load_are_exact(tmp_path, options):
     for name, own in statistics.layers.items():
         assert torch.equal(again.squares(name), statistics.squares(name))
         assert again.layers[name].n_tokens == own.n_tokens == 7
-    assert again.has_weighted_gram == statistics.has_weighted_gram
+    assert (again._weighted is None) == (statistics._weighted is None)
     if statistics.gram is not None:
         assert torch.equal(again.gram.matrix, statistics.gram.matrix)
         assert again.gram.n_tokens == 7
-    if statistics.has_weighted_gram:
+    if statistics._weighted is not None:
         assert torch.equal(again.weighted_gram().matrix, statistics.weighted_gram().matrix)
     again.merge(statistics)
     assert again.n_tokens == 14

@@ -9,7 +9,7 @@ from cospadi_cli.commands.bench import command_of
 
 from cospadi.backends import tuning
 from cospadi.backends.base import BACKENDS
-from cospadi.backends.cpu import backend as cpu_backend
+from cospadi.backends.cpu import runtime as cpu_backend
 from cospadi.evaluation import speed
 from cospadi.evaluation.speed import contenders, crossover, single_layers, whole_models
 from cospadi.evaluation.speed.peak_memory import PeakMemory

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cospadi.backends.base import BACKENDS, Placement
-from cospadi.backends.cpu import backend as cpu_backend
+from cospadi.backends.cpu import runtime as cpu_backend
 from cospadi.errors import UnavailableError
 from cospadi.evaluation.speed import crossover
 from cospadi.evaluation.speed.random_layers import layer_size, random_layer

@@ -12,7 +12,7 @@ is all there is.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class _Dictionary:
 class _Coefficients:
     """``struct coefficients`` of each layer, none where S is the identity, and the tensors whose memory they name."""
 
-    structs: ctypes.Array
+    structs: ctypes.Array[Any]
     addresses: tuple[int, ...]
     widths: tuple[int, ...]
     total: int
