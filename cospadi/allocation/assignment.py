@@ -1,4 +1,4 @@
-"""From the recipe and what was measured to a plan: how each group of layers is stored."""
+"""The plan: how each group of layers is stored, from the recipe and the measured profiles."""
 
 import fnmatch
 from collections.abc import Callable, Sequence
@@ -93,7 +93,7 @@ def uniform_assignment(config: CompressionConfig, method: Method, groups: Sequen
 
 
 def check_plan(config: CompressionConfig, method: Method, groups: Sequence[Group]) -> None:
-    """Say what cannot work before the long calibration.
+    """Refuse what cannot work, before the long calibration.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def _costed(menu: Menu, profile: GroupProfile, config: CompressionConfig) -> Men
 
 
 def _per_cost(profile: GroupProfile, config: CompressionConfig) -> float:
-    """Give the loss increase that one unit of the recipe's cost stands for."""
+    """Give the predicted loss increase for a cost of one in the recipe's measure."""
     return max(profile.energy, 1e-300) if config.cost == "relative-error" else 1.0
 
 

@@ -1,4 +1,4 @@
-"""What a runtime backend takes and gives: y = (x D) S for the layers of one group.
+"""The contract of a runtime backend: y = (x D) S for the layers of one group.
 
 Either product can be had alone: with the dictionary on the side of the outputs a layer is x S^T first, then a product
 with D^T, whose rows are stored like atoms.

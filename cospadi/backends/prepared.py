@@ -1,4 +1,4 @@
-"""What a backend made of stored tensors, and whether they are still what they were."""
+"""What a backend prepared from stored tensors, and whether the tensors have changed since."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

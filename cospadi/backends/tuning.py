@@ -112,7 +112,7 @@ def stored_tuned() -> tuple[Tuned, ...]:
 
 
 def store_tuned(entries: list[Tuned]) -> Path:
-    """Add what was measured, in place of what was stored for the same places.
+    """Store measured thresholds; they replace those for the same places.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What sequential calibration keeps of a layer's inputs: their Gram, and how they differ from the dense model's."""
+"""Statistics of sequential calibration: the Gram of a layer's inputs, and their difference from the dense model's."""
 
 import torch
 from torch import Tensor

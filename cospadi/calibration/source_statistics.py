@@ -1,4 +1,4 @@
-"""What calibration keeps of a backward pass: the sensitivity of the loss to errors in each layer's output."""
+"""Statistics of one input and its layers: the Gram, and the sensitivity of the loss to errors in each output."""
 
 import json
 from collections.abc import Mapping

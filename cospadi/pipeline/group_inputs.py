@@ -1,4 +1,4 @@
-"""What solving a group needs, and how it reaches whoever solves it."""
+"""What solving a group needs, and how it reaches the process that solves it."""
 
 import copy
 import json

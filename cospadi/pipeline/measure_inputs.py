@@ -151,7 +151,7 @@ def _statistics(
 ) -> Iterator[dict[str, SourceStatistics]]:
     """Walk through the model and give the statistics of one block after the other, without those that are known.
 
-    Who takes them out of the dict frees them; else they stay in memory while the next block's are collected.
+    The caller takes them out of the dict to free them before the next block's are collected.
     """
     if part.labels is not None:
         with source.running() as model:
@@ -220,7 +220,7 @@ def _collect_in_worker(worker: _Worker, part: Part, device: str, inputs: None) -
 
 
 def _store_all(found: dict[str, SourceStatistics], into: Measurements) -> None:
-    """Store statistics and free them, whoever else still holds the dict."""
+    """Store statistics and free them, although the walk still holds the dict."""
     for source in list(found):
         into.store(found.pop(source))
 

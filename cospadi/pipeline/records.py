@@ -30,7 +30,7 @@ class GroupRecord:
 
 
 class Records:
-    """The records of a folder, by the index of the unit in the plan.
+    """The records of a folder, by the index of the group in the plan.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Records:
         self.folder = folder
 
     def load(self, index: int) -> GroupRecord | None:
-        """Give a finished group, or None when there is no record or it is damaged (then it is to be made again)."""
+        """Give a finished group, or None when there is no record or it is damaged (it must then be solved again)."""
         found = self._describe(index)
         try:
             data = self._path(index).read_bytes()
@@ -74,12 +74,12 @@ class Records:
         return None if found is None else found[1]
 
     def spec(self, index: int) -> GroupSpec | None:
-        """Give a finished group's description, as ``row`` does its row."""
+        """Give a finished group's description; see ``row``."""
         found = self._describe(index)
         return None if found is None else found[0]
 
     def marked(self) -> Iterator[int]:
-        """Give the indices of all groups that have a mark, be it damaged."""
+        """Give the indices of all groups that have a mark, damaged ones included."""
         for path in sorted(self.folder.glob("group-*.json")):
             number = path.stem.removeprefix("group-")
             if number.isdecimal():

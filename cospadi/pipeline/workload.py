@@ -1,4 +1,4 @@
-"""What pieces of work cost against one another, from their sizes: for time left, and to start the largest first.
+"""Relative cost of pieces of work, from their sizes: for the time left, and to start the largest first.
 
 Operations are counted in four kinds, each with the time that one took on the core where the constants were fitted
 (``benchmarks/progress.py`` tells how well they predict).  The unit is a second there; only ratios mean anything
@@ -19,7 +19,7 @@ _DECOMPOSITION = 1.8e-10
 _ELEMENT = 5.5e-9
 _GRID = 9.3e-10
 _UNIT = 5e-3
-"""Seconds of one operation of each kind, and of what every group costs beside."""
+"""Seconds of one operation of each kind, and what every group costs besides."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Work:
     product : float
         Multiplications in products of matrices in float32; one in float64 counts twice.
     decomposition : float
-        n^3 for the eigenvectors of a matrix of n rows in float64; other factorisations by what they take beside.
+        n^3 for the eigenvectors of a matrix of n rows in float64; other factorisations by their time relative to it.
     element : float
         Numbers that a threshold goes through; sums and copies count a tenth.
     grid : float

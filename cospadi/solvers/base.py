@@ -1,4 +1,4 @@
-"""What a dictionary solver takes and gives.
+"""The contract of a dictionary solver.
 
 A solver sees one whitened problem, never a model: find a dictionary A and coefficients S, with at most ``n_nonzero``
 non-zeros in each column of S, so that
