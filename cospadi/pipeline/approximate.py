@@ -15,7 +15,7 @@ from cospadi.models import Group
 from cospadi.pipeline.records import GroupRecord
 from cospadi.reporting import GroupRow, MemberRow
 from cospadi.solvers import HTP, SharedHTP, SharedProblem, Status, sparsify
-from cospadi.solvers.rounding import quantize_dense, round_factors
+from cospadi.solvers.rounding import RoundedRows, quantize_dense, round_factors
 from cospadi.whitening import Objective, output_errors, whitening_from_gram
 
 
@@ -218,22 +218,25 @@ def rounded(choice: Factors, found: Approximation, objective: Objective) -> Appr
     on_grids = grid_of(choice.value_dtype) or grid_of(choice.dictionary_dtype)
     if not on_grids or choice.side == "output" or choice.dictionary_dtype == "none":
         return found
+    device = objective.weight.device
+    # The loops of the rounding are compiled for the CPU.
     stored = round_factors(
-        objective.whitening.factor,
-        objective.target,
-        free.dictionary,
-        torch.cat(list(free.coefficients.values()), dim=1),
+        objective.whitening.factor.cpu(),
+        objective.target.cpu(),
+        free.dictionary.cpu(),
+        torch.cat(list(free.coefficients.values()), dim=1).cpu(),
         choice.dictionary_dtype,
         choice.value_dtype,
-        column_weights=objective.scales.square(),
+        column_weights=objective.scales.square().cpu(),
     )
     widths = [part.shape[1] for part in free.coefficients.values()]
-    parts = stored.to_coefficients().split(widths, dim=1)
+    parts = stored.to_coefficients().to(device).split(widths, dim=1)
     scales = None
     if stored.coefficient_scales is not None:
-        scales = dict(zip(free.coefficients, stored.coefficient_scales.split(widths), strict=True))
+        scales = dict(zip(free.coefficients, stored.coefficient_scales.to(device).split(widths), strict=True))
+    dictionary_scales = None if stored.dictionary_scales is None else stored.dictionary_scales.to(device)
     factorization = SparseFactorization(
-        stored.to_dictionary(), dict(zip(free.coefficients, parts, strict=True)), stored.dictionary_scales, scales
+        stored.to_dictionary().to(device), dict(zip(free.coefficients, parts, strict=True)), dictionary_scales, scales
     )
     return Approximation(factorization, found.status, found.statistics | {"rounding": stored.statistics["rounding"]})
 
@@ -241,10 +244,15 @@ def rounded(choice: Factors, found: Approximation, objective: Objective) -> Appr
 def _quantize(choice: Quantized, objective: Objective, group: Group) -> Approximation:
     (layer,) = group.layers
     objective.release()
-    rounded = quantize_dense(objective.weight.T, objective.metric, choice.dtypes[0])
-    weight = dequantize(rounded.values, rounded.scales, GRIDS[choice.dtypes[0]]).T
-    factorization = SparseFactorization.of_weight(layer.name, weight, rounded.scales)
-    return Approximation(factorization, "closed form: nothing to iterate", dict(rounded.statistics))
+    rows, weight = rounded_weight(objective, choice.dtypes[0])
+    factorization = SparseFactorization.of_weight(layer.name, weight, rows.scales.to(weight.device))
+    return Approximation(factorization, "closed form: nothing to iterate", dict(rows.statistics))
+
+
+def rounded_weight(objective: Objective, dtype: str) -> tuple[RoundedRows, Tensor]:
+    """Round the weight itself, on the CPU; give its rows on the grid, and what they stand for where the weight is."""
+    rows = quantize_dense(objective.weight.T.cpu(), objective.metric.cpu(), dtype)
+    return rows, dequantize(rows.values, rows.scales, GRIDS[dtype]).T.to(objective.weight.device)
 
 
 def _paper_bytes(choice: Choice, group: Group, n_stored: int, members: list[MemberRow]) -> int:

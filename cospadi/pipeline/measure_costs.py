@@ -20,15 +20,14 @@ from cospadi.allocation import (
 from cospadi.errors import CheckpointError
 from cospadi.events import Corrected, Profiled
 from cospadi.executors import Task
-from cospadi.formats import GRIDS, dequantize, pack_group, unpack_group
+from cospadi.formats import pack_group, unpack_group
 from cospadi.models import Group
 from cospadi.pipeline import workload
-from cospadi.pipeline.approximate import Approximation, approximate, rounded
+from cospadi.pipeline.approximate import Approximation, approximate, rounded, rounded_weight
 from cospadi.pipeline.group_inputs import GroupInputs
 from cospadi.pipeline.job import Job
 from cospadi.recipe import CompressionConfig
 from cospadi.solvers import HTP
-from cospadi.solvers.rounding import quantize_dense
 from cospadi.whitening import Objective
 
 
@@ -211,9 +210,8 @@ def _correct(corrections: Corrections, trial: Trial, group: Group, profile: Grou
             corrections.rounded[key] = max(added, 0.0) / profile.energy if profile.energy > 0 else 0.0
     for dtype in families.quantized:
         nearest = math.fsum(profile.quantized[dtype])
-        rows = quantize_dense(objective.weight.T, objective.metric, dtype)
         if nearest > 0:
-            weight = dequantize(rows.values, rows.scales, GRIDS[dtype]).T
+            _, weight = rounded_weight(objective, dtype)
             corrections.quantized[f"{profile.group_kind} {dtype}"] = objective.loss_increase(weight) / nearest
 
 
