@@ -5,12 +5,10 @@ from typing import Literal
 import torch
 
 from cospadi.errors import UnavailableError, UsageError
-from cospadi.executors.base import Executor, Task, WorkerLostError
+from cospadi.executors.base import Executor
 from cospadi.executors.local import LocalExecutor, SerialExecutor, devices_of_workers
 from cospadi.executors.threads import available_threads
 from cospadi.registry import nearest
-
-__all__ = ["EXECUTORS", "RAY_INPUTS", "Executor", "Task", "WorkerLostError", "make_executor"]
 
 EXECUTORS = ("local", "ray")
 RAY_INPUTS = ("shared", "object-store")

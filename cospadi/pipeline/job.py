@@ -37,7 +37,7 @@ class Workplace:
     reader: Reader
     budget: Budget
     scratch: Path
-    shared_storage: bool = True
+    shared_storage: bool
 
 
 @dataclass(frozen=True)

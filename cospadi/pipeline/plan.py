@@ -2,8 +2,14 @@
 
 from dataclasses import asdict, replace
 
-from cospadi.allocation import Assignment, allocate, families_of, pair_distances, uniform_assignment
-from cospadi.allocation import match_groups as match_by_distance
+from cospadi.allocation import (
+    Assignment,
+    allocate,
+    families_of,
+    match_groups,
+    pair_distances,
+    uniform_assignment,
+)
 from cospadi.errors import CheckpointError
 from cospadi.events import Planned, PlannedUnit
 from cospadi.pipeline import workload
@@ -14,7 +20,7 @@ from cospadi.pipeline.setup import check_order
 from cospadi.pipeline.stage_times import StageTimes
 
 
-def match_groups(job: Job) -> Job:
+def join_matching_groups(job: Job) -> Job:
     """Join groups to the pairs that lose least by sharing a dictionary, where the recipe asks for it.
 
     Raises
@@ -39,7 +45,7 @@ def match_groups(job: Job) -> Job:
         sensitivities if job.config.needs_sensitivities else None,
         damping=job.config.damping,
     )
-    groups = tuple(match_by_distance(model.groups, distances))
+    groups = tuple(match_groups(model.groups, distances))
     check_order(job.config, groups)
     return replace(job, model=replace(model, groups=groups))
 
@@ -53,10 +59,10 @@ def plan_groups(job: Job, records: Records, times: StageTimes) -> Assignment:
         An interrupted run had another plan.
     """
     plan = _assign(job, records, times)
-    units = tuple(
+    planned = tuple(
         PlannedUnit(one.group.name, one.choice.kind, workload.of_plan(job.method, one)) for one in plan.groups
     )
-    listed = [asdict(unit) for unit in units]
+    listed = [asdict(one) for one in planned]
     if records.noted("plan") not in (None, listed):
         raise CheckpointError(
             f"{records.folder}: what was measured again gives another plan: delete it and start afresh"
@@ -64,7 +70,7 @@ def plan_groups(job: Job, records: Records, times: StageTimes) -> Assignment:
     records.note("plan", listed)
     n_factors = sum(one.choice.kind == "factors" for one in plan.groups)
     n_layers, solver = len(job.model.map.layers), job.method.solver_name
-    job.tell(Planned(n_layers, len(plan.groups), n_factors, len(plan.dense), solver, job.reason, units))
+    job.tell(Planned(n_layers, len(plan.groups), n_factors, len(plan.dense), solver, job.reason, planned))
     return plan
 
 

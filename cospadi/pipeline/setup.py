@@ -14,10 +14,15 @@ from cospadi.allocation import Method
 from cospadi.arrays import torch_device
 from cospadi.calibration import fingerprint, largest_batch, open_text, token_windows
 from cospadi.errors import UnavailableError, UsageError
-from cospadi.executors import available_threads, devices_of_workers
+from cospadi.events import Listener, Retried
+from cospadi.executors import Executor, available_threads, devices_of_workers, make_executor
 from cospadi.formats import FORMATS
 from cospadi.models import Group, OpenModel, form_groups, open_model
+from cospadi.pipeline.group_inputs import reader_of
+from cospadi.pipeline.job import Workplace
 from cospadi.pipeline.mapped_model import MappedModel, find_layers
+from cospadi.pipeline.memory_plan import Budget
+from cospadi.pipeline.statistics_store import Measurements
 from cospadi.pipeline.work_folder import WORK, read_fingerprint
 from cospadi.recipe import CompressionConfig, Execution
 from cospadi.reporting import versions
@@ -181,10 +186,13 @@ def fingerprints_of(model: MappedModel, config: CompressionConfig) -> dict[str, 
     }
 
 
-def measurement_facts(config: CompressionConfig, device: torch.device, threads: int) -> dict[str, Any]:
+def measurement_facts(
+    fingerprints: dict[str, str], config: CompressionConfig, device: torch.device, threads: int
+) -> dict[str, Any]:
     """Give what is to be collected and on what else its last bits depend, as facts that name a cache."""
     sensitive = config.needs_sensitivities
-    facts = {
+    facts: dict[str, Any] = {key: fingerprints[key] for key in ("model", "calibration", "versions")}
+    facts |= {
         "sensitivities": sensitive,
         "token_weights": config.token_weights,
         "labels": config.calibration.labels if sensitive else None,
@@ -211,3 +219,31 @@ def threads_of(out: Path, device: torch.device, execution: Execution) -> int | N
         return 1
     workers = len(devices_of_workers(str(device), torch.cuda.device_count(), execution.workers))
     return max(1, available_threads() // workers)
+
+
+def open_executor(execution: Execution, device: torch.device, threads: int, tell: Listener) -> Executor:
+    """Give the executor that was asked for; it tells of tasks that run again."""
+    executor = make_executor(
+        execution.executor,
+        device=device,
+        workers=execution.workers,
+        threads=threads,
+        ray_address=execution.ray_address,
+        ray_inputs=execution.ray_inputs,
+    )
+    executor.retried = lambda task, why: tell(Retried(task, why))
+    return executor
+
+
+def workplace(
+    model: MappedModel,
+    measurements: Measurements,
+    executor: Executor,
+    execution: Execution,
+    budget: Budget,
+    scratch: Path,
+) -> Workplace:
+    """Give where a run works; several workers read the inputs of groups from folders."""
+    several = executor.n_workers > 1 or execution.executor == "ray"
+    reader = reader_of(model.source, measurements, shared=several)
+    return Workplace(executor, reader, budget, scratch.absolute(), shared_storage=execution.ray_inputs == "shared")

@@ -3,13 +3,9 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 
 from cospadi.models import trim_heap
-from cospadi.pipeline.job import Job
 from cospadi.pipeline.records import Records
-from cospadi.reporting import machine, versions, write_run
 
 
 class StageTimes:
@@ -19,11 +15,18 @@ class StageTimes:
     ----------
     records : Records
         Hold the seconds of interrupted runs.
+
+    Attributes
+    ----------
+    began : float
+        When this run began, in seconds since 1970 (UTC).
+    seconds : dict of str to float
+        By stage.
     """
 
     def __init__(self, records: Records) -> None:
         self._records = records
-        self._began = time.time()
+        self.began = time.time()
         noted = records.noted("seconds")
         self.seconds: dict[str, float] = dict(noted) if isinstance(noted, dict) else {}
 
@@ -35,19 +38,3 @@ class StageTimes:
         trim_heap()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
         self._records.note("seconds", self.seconds)
-
-    def write_run(self, job: Job, out: Path, groups: dict[str, float]) -> None:
-        """Write run.json: when and where the run was, and the seconds of its stages and groups."""
-        write_run(
-            out,
-            {
-                "began": self._began,
-                "seconds": time.time() - self._began,
-                "machine": machine(),
-                "versions": versions(),
-                "threads": job.place.executor.threads,
-                "stages": self.seconds,
-                "groups": groups,
-                "predicted_memory": asdict(job.place.budget.predicted),
-            },
-        )

@@ -14,15 +14,13 @@ from cospadi.allocation import check_plan
 from cospadi.arrays import torch_device
 from cospadi.calibration import Gram
 from cospadi.errors import UsageError
-from cospadi.events import Listener, Retried, Written
-from cospadi.executors import make_executor
+from cospadi.events import Listener, Written
 from cospadi.models import keep_small_heap, open_model
-from cospadi.pipeline.group_inputs import reader_of
-from cospadi.pipeline.job import Job, Workplace
+from cospadi.pipeline.job import Job
 from cospadi.pipeline.mapped_model import find_layers
 from cospadi.pipeline.measure_inputs import calibrate, grams_by_block
 from cospadi.pipeline.memory_plan import plan_memory
-from cospadi.pipeline.plan import match_groups, plan_groups
+from cospadi.pipeline.plan import join_matching_groups, plan_groups
 from cospadi.pipeline.setup import (
     batch_size_of,
     check_execution,
@@ -31,14 +29,16 @@ from cospadi.pipeline.setup import (
     choose_method,
     fingerprints_of,
     measurement_facts,
+    open_executor,
     open_mapped_model,
     threads_of,
+    workplace,
 )
 from cospadi.pipeline.solve_groups import solve_groups
 from cospadi.pipeline.stage_times import StageTimes
 from cospadi.pipeline.statistics_store import Measurements
 from cospadi.pipeline.work_folder import WorkFolder, check_output, is_finished
-from cospadi.pipeline.write_result import finished_report, write_result
+from cospadi.pipeline.write_result import finished_report, write_facts, write_result
 from cospadi.recipe import CompressionConfig, Execution
 from cospadi.reporting import Report
 
@@ -117,26 +117,15 @@ def compress(
     check_execution(mapped, config, execution)
     budget = plan_memory(mapped, config, batch_size_of(mapped, config), execution.max_memory)
 
+    # Open the records of the run, and go through the stages that are not recorded yet.
     fingerprints = fingerprints_of(mapped, config)
     with (
         WorkFolder(out, fingerprints, resume, threads) as folder,
-        make_executor(
-            execution.executor,
-            device=mapped.source.device,
-            workers=execution.workers,
-            threads=folder.threads,
-            ray_address=execution.ray_address,
-            ray_inputs=execution.ray_inputs,
-        ) as executor,
+        open_executor(execution, mapped.source.device, folder.threads, tell) as executor,
     ):
-        executor.retried = lambda task, why: tell(Retried(task, why))
-        facts = {key: fingerprints[key] for key in ("model", "calibration", "versions")}
-        facts |= measurement_facts(config, mapped.source.device, folder.threads)
+        facts = measurement_facts(fingerprints, config, mapped.source.device, folder.threads)
         measurements = Measurements(Path(cache) if cache else folder.folder / "measurements", facts)
-        several = executor.n_workers > 1 or execution.executor == "ray"
-        reader = reader_of(mapped.source, measurements, shared=several)
-        shared_storage = execution.ray_inputs == "shared"
-        place = Workplace(executor, reader, budget, folder.folder.absolute(), shared_storage)
+        place = workplace(mapped, measurements, executor, execution, budget, folder.folder)
         job = Job(config, method, reason, mapped, measurements, place, tell)
         tell(budget.predicted)
         if command is not None:
@@ -154,7 +143,7 @@ def _run(job: Job, folder: WorkFolder, out: Path) -> Report:
     # Statistics of every distinct input: its Gram, and the sensitivities of the outputs.
     with times.of("calibrating"):
         calibrate(job)
-    job = match_groups(job)
+    job = join_matching_groups(job)
 
     # What each group may become, at which predicted loss increase, and what it becomes.
     plan = plan_groups(job, folder, times)
@@ -166,7 +155,7 @@ def _run(job: Job, folder: WorkFolder, out: Path) -> Report:
     # The checkpoint, the report, the model card.
     with times.of("writing"):
         report = write_result(job, plan, folder, out)
-    times.write_run(job, out, seconds)
+    write_facts(job, times, seconds, out)
     folder.remove()
     job.tell(Written(str(out)))
     return report

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -15,9 +17,10 @@ from cospadi.formats import CHECKSUMS, CheckpointConfig, ShardWriter, write_chec
 from cospadi.models import OpenModel, fuse_experts
 from cospadi.pipeline.job import Job
 from cospadi.pipeline.records import GroupRecord, Records
+from cospadi.pipeline.stage_times import StageTimes
 from cospadi.pipeline.work_folder import clear_finished
 from cospadi.recipe import CompressionConfig
-from cospadi.reporting import GroupRow, KeptLayer, Report, totals, versions, write_report
+from cospadi.reporting import GroupRow, KeptLayer, Report, machine, totals, versions, write_report, write_run
 
 
 def write_result(job: Job, plan: Assignment, records: Records, out: Path) -> Report:
@@ -29,6 +32,23 @@ def write_result(job: Job, plan: Assignment, records: Records, out: Path) -> Rep
     report = _report(job, plan, rows, other_bytes)
     write_report(out, report)
     return report
+
+
+def write_facts(job: Job, times: StageTimes, groups: dict[str, float], out: Path) -> None:
+    """Write run.json: when and where the run was, and the seconds of its stages and groups."""
+    write_run(
+        out,
+        {
+            "began": times.began,
+            "seconds": time.time() - times.began,
+            "machine": machine(),
+            "versions": versions(),
+            "threads": job.place.executor.threads,
+            "stages": times.seconds,
+            "groups": groups,
+            "predicted_memory": asdict(job.place.budget.predicted),
+        },
+    )
 
 
 def finished_report(out: Path, config: CompressionConfig, tell: Listener) -> Report:

@@ -86,7 +86,7 @@ class World:
     def job(self, config, measurements, own=None, groups=None, tell=lambda event: None):
         """What planning sees of a run: no model, but what reads the inputs of its groups."""
         model = MappedModel(source=None, map=None, groups=tuple(groups or self.groups), windows=None)
-        place = Workplace(SerialExecutor("cpu", 1), self.reader, budget=None, scratch=None)
+        place = Workplace(SerialExecutor("cpu", 1), self.reader, budget=None, scratch=None, shared_storage=True)
         return Job(config, own or method(), "", model, measurements, place, tell)
 
 

@@ -214,7 +214,6 @@ def test_two_runs_that_share_a_cache_leave_each_others_files_alone(saved, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 2**60])
 def test_workers_give_the_same_bytes(limit, saved, tmp_path):
     folder, _ = saved("llama-tied")
