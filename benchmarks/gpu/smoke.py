@@ -12,7 +12,7 @@ import torch
 
 from cospadi.backends import BACKENDS, Placement
 from cospadi.backends.cuda import nvrtc
-from cospadi.backends.cuda.backend import machine_of
+from cospadi.backends.cuda.runtime import machine_of
 from cospadi.backends.selftest.examples import example as make
 from cospadi.backends.selftest.learners import ksvd
 from cospadi.backends.selftest.products import prepared

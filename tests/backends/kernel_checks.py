@@ -18,7 +18,7 @@ import torch
 
 from cospadi.backends.base import Placement
 from cospadi.backends.cpu import library
-from cospadi.backends.cpu.backend import CpuBackend
+from cospadi.backends.cpu.runtime import CpuBackend
 from cospadi.formats.base import PackedCoefficients, PackedDictionary
 from tests.backends.backend_cases import CPU, Case, check_product, quantised
 

@@ -14,7 +14,7 @@ import torch
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.backends.cpu import library
-from cospadi.backends.cpu.backend import CpuBackend, dense_bf16
+from cospadi.backends.cpu.runtime import CpuBackend, dense_bf16
 from cospadi.errors import CospadiError, UnavailableError
 from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
 from tests.backends.backend_cases import CPU, Case, Prepared, check_product, poisoned_memory

@@ -8,7 +8,7 @@ import torch
 
 from cospadi.backends import auto, tuning
 from cospadi.backends.base import BACKENDS, Placement
-from cospadi.backends.cpu.backend import CpuBackend
+from cospadi.backends.cpu.runtime import CpuBackend
 from cospadi.errors import UsageError
 from cospadi.registry import Availability
 
@@ -202,7 +202,7 @@ def test_auto_says_why_it_takes_no_kernels(monkeypatch):
 
 
 def test_auto_says_why_a_gpu_gets_no_kernels(monkeypatch):
-    from cospadi.backends.cuda.backend import CudaBackend
+    from cospadi.backends.cuda.runtime import CudaBackend
 
     monkeypatch.setattr(CudaBackend, "availability", classmethod(lambda cls: Availability(True)))
     old = Availability(False, "the GPU has compute capability 7.5, the kernels need 8.0")

@@ -10,7 +10,7 @@ from cospadi_cli.tune import tune
 
 from cospadi.backends import tuning
 from cospadi.backends.base import BACKENDS
-from cospadi.backends.cpu import backend as cpu_backend
+from cospadi.backends.cpu import runtime as cpu_runtime
 from cospadi.evaluation.speed import contenders, crossover
 from cospadi.evaluation.speed import single_layers as kernels
 from tests.cli.conftest import error_line
@@ -284,7 +284,7 @@ def test_tune_stores_what_auto_then_takes(run, quick):
         assert one["value"] in (0, 1, 4)
         assert set(one["advantage"]) == {"1", "4"}
         chosen = AutoBackend().resolve(Placement(torch.device("cpu"), getattr(torch, one["dtype"])))
-        assert chosen == cpu_backend.CpuBackend(max_tokens=one["value"])
+        assert chosen == cpu_runtime.CpuBackend(max_tokens=one["value"])
     assert "cpu, float16: max_tokens" in result.stderr
     assert json.loads(run("tune", "--show", "--json").stdout) == {"entries": found["entries"], "measured": []}
 

@@ -3,7 +3,7 @@
 import pytest
 
 from cospadi.backends.base import BACKENDS
-from cospadi.backends.cpu import backend as cpu_backend
+from cospadi.backends.cpu import runtime as cpu_runtime
 from cospadi.evaluation.speed import contenders, crossover
 from cospadi.evaluation.speed import single_layers as kernels
 
@@ -52,7 +52,7 @@ class Priced:
         self.prices = {}
         linear = contenders._linear
         monkeypatch.setattr(contenders, "_linear", self.wrap(contenders.DENSE, linear))
-        monkeypatch.setattr(cpu_backend, "dense_bf16", self.wrap(contenders.HANDWRITTEN, linear))
+        monkeypatch.setattr(cpu_runtime, "dense_bf16", self.wrap(contenders.HANDWRITTEN, linear))
         for name in ("cpu", "reference", "torch"):
             kind = BACKENDS.get(name)
             monkeypatch.setattr(kind, "multiply", self.method(name, kind.multiply))
