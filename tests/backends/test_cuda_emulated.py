@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from cospadi.backends.base import Placement
 from cospadi.backends.bitmap import bitmap_of
-from cospadi.backends.cuda import runtime as cuda
 from cospadi.backends.cuda import launches
+from cospadi.backends.cuda import runtime as cuda
 from cospadi.backends.cuda.layout import SLAB_ATOMS, TILE, Rows, Slabs, rows_of, slabs_of
 from cospadi.errors import UsageError
 from cospadi.formats.base import FORMATS, PackedDictionary
