@@ -1,4 +1,4 @@
-"""What a kernel is started with: pointers, 32-bit integers and 32-bit floats."""
+"""What a kernel is started with: pointers and 32-bit integers."""
 
 import ctypes
 import struct
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cospadi.backends.cuda.nvrtc import KernelError
 
-Argument: TypeAlias = Tensor | int | float | None
-"""A pointer to a tensor's first element, an int32, a float32 or a null pointer."""
+Argument: TypeAlias = Tensor | int | None
+"""A pointer to the first element of a tensor, an int32, or a null pointer."""
 
 
 def address_of(tensor: Tensor, index: int, name: str, position: int) -> int:
@@ -26,7 +26,7 @@ def address_of(tensor: Tensor, index: int, name: str, position: int) -> int:
 
 
 def letter_of(kind: type, name: str, position: int) -> str:
-    """Give the letter of module ``struct`` for arguments of a type: P, i or f.
+    """Give the letter of module ``struct`` for arguments of a type: P or i.
 
     Raises
     ------
@@ -35,11 +35,9 @@ def letter_of(kind: type, name: str, position: int) -> str:
     """
     if kind is int:
         return "i"
-    if kind is float:
-        return "f"
     if kind is type(None) or issubclass(kind, Tensor):
         return "P"
-    raise KernelError(f"kernel {name}, argument {position}: {kind.__name__} is no tensor, int, float or None")
+    raise KernelError(f"kernel {name}, argument {position}: {kind.__name__} is no tensor, int or None")
 
 
 @final

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, final
 
 import torch
 
@@ -21,8 +21,6 @@ from cospadi.backends.cuda.loaded_code import Kernel, Module, Size
 from cospadi.backends.cuda.nvrtc import KernelError
 from cospadi.errors import UnavailableError
 from cospadi.registry import Availability
-
-Loader: TypeAlias = Literal["driver", "cupy"]
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 
@@ -35,8 +33,10 @@ def availability() -> Availability:
     return Availability(True) if not state and _has_cupy() else state
 
 
-def load_module(source: str, options: tuple[str, ...], device: torch.device, loader: Loader | None = None) -> Module:
-    """Compile a source for a GPU and load it; what was loaded before is given again.
+def load_module(source: str, options: tuple[str, ...], device: torch.device) -> Module:
+    """Compile a source for a GPU and load it, once for each source, options and GPU.
+
+    The driver starts the kernels; cupy does where there is no NVRTC.
 
     Parameters
     ----------
@@ -46,8 +46,6 @@ def load_module(source: str, options: tuple[str, ...], device: torch.device, loa
         Of NVRTC, but for the architecture, which follows from the device.
     device : torch.device
         A CUDA device.
-    loader : {"driver", "cupy"}, optional
-        What compiles and starts the kernels; by default the driver, and cupy where there is no NVRTC.
 
     Raises
     ------
@@ -56,15 +54,13 @@ def load_module(source: str, options: tuple[str, ...], device: torch.device, loa
     KernelError
         The source does not compile or cannot be loaded.
     """
-    if loader is None:
-        state = nvrtc.availability()
-        if not state and not _has_cupy():
-            raise UnavailableError(state.reason)
-        loader = "driver" if state else "cupy"
+    state = nvrtc.availability()
+    if not state and not _has_cupy():
+        raise UnavailableError(state.reason)
     torch.cuda.init()
     index = torch.cuda.current_device() if device.index is None else device.index
     with _loading:
-        return _load(source, options, index, loader)
+        return _load(source, options, index, "driver" if state else "cupy")
 
 
 _loading = threading.Lock()
@@ -72,7 +68,7 @@ _loading = threading.Lock()
 
 
 @functools.cache
-def _load(source: str, options: tuple[str, ...], index: int, loader: Loader) -> Module:
+def _load(source: str, options: tuple[str, ...], index: int, loader: Literal["driver", "cupy"]) -> Module:
     logger.info("the kernels for cuda:%d are compiled and started by %s", index, loader)
     if loader == "cupy":
         from cospadi.backends.cuda.cupy_loader import CupyModule

@@ -23,7 +23,7 @@ class Kernel(abc.ABC):
         grid, block : tuple of three int
         shared_bytes : int
             Dynamic shared memory of a block; more than 48 KiB must have been asked for with ``allow_shared``.
-        args : tuple of Tensor, int, float or None
+        args : tuple of Tensor, int or None
             See ``Argument``.  Tensors must lie on the kernel's GPU.
 
         Raises

@@ -80,16 +80,13 @@ class CudaBackend(Backend):
         Up to so many tokens x D is computed by a kernel that reads D once at the speed of the memory, 8 bits included;
         beyond, by cuBLAS (from 8 bits, D is then expanded on every call).
     combine_tokens : int
-        Up to so many tokens S is read as bits and values; beyond, it is expanded on every call and multiplied by
-        cuBLAS.
-    overlap : bool
-        Expand S on a second stream while x D is computed.
+        Up to so many tokens S is read as bits and values.  For more tokens it is expanded on every call, on a second
+        stream while x D is computed, and multiplied by cuBLAS.
     """
 
     name: ClassVar[str] = "cuda"
     project_tokens: int = 16
     combine_tokens: int = 256
-    overlap: bool = True
 
     def __post_init__(self) -> None:
         for option in ("project_tokens", "combine_tokens"):
@@ -151,7 +148,7 @@ class CudaBackend(Backend):
             launches.run(machine.module, launches.combine(slabs, z, y, member, machine.n_processors))
             return y
         dense = x.new_empty(last - first, slabs.padded_atoms)
-        if machine.side is None or not self.overlap:
+        if machine.side is None:
             launches.run(machine.module, launches.densify(slabs, dense, member))
             z = self._project(dictionary, x, slabs.padded_atoms, machine)
         else:
