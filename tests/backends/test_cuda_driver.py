@@ -174,13 +174,6 @@ def test_any_arguments_arrive_exactly(built, args):
         assert list(found.value)[: found.n] == [as_sent(value) for value in args]
 
 
-def test_the_same_kernel_takes_arguments_of_other_types(fake):
-    kernel, tensor = kernel_of(fake, "either_P"), torch.zeros(1)
-    for value in (tensor, None, tensor):
-        kernel.launch((1, 1, 1), (1, 1, 1), 0, (value,))
-        assert launched(fake).value[0] == as_sent(value)
-
-
 def test_threads_do_not_share_the_memory_of_their_arguments(fake):
     kernel, wrong = kernel_of(fake, "many_" + "i" * 16), []
     addresses = set()
