@@ -195,19 +195,6 @@ def test_the_order_of_the_atoms_does_not_matter(name, options):
 
 
 @each_kernel
-def test_the_columns_of_s_are_the_entries_of_y(name, options):
-    order = torch.randperm(53, generator=torch.Generator().manual_seed(9))
-    for dtype, value_dtype in corners(name, options):
-        case = Case(5, widths=(53,), dtype=dtype, value_dtype=value_dtype, density=None)
-        members = [FORMATS.create("bitmask").pack(S[:, order], value_dtype) for S in case.coefficients()]
-        D, S = case.stored()
-        y = Prepared(case, name, options, members=members)()
-        check_product(case.x(), D, S[:, order], y)
-        if (name, options) in OWN_KERNELS:
-            assert torch.equal(y, Prepared(case, name, options)()[:, order])
-
-
-@each_kernel
 def test_columns_without_coefficients_give_exact_zeros(name, options):
     for dtype, value_dtype in corners(name, options):
         case = Case(9, dtype=dtype, value_dtype=value_dtype)

@@ -257,17 +257,6 @@ def test_scales_of_one_layer_and_of_the_dictionary_are_independent():
         other(tokens())
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_loaded_dictionary_is_noticed_by_every_member(block, assign):
-    with torch.no_grad():
-        before = block(tokens())
-        state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-        state["q.dictionary"] *= 2
-        block.load_state_dict(state, assign=assign)
-        bias = torch.cat([block.q.bias, block.k.bias, block.v.bias])
-        torch.testing.assert_close(block(tokens()) - bias, 2 * (before - bias))
-
-
 # Making, installing and refusing
 
 

@@ -1,4 +1,4 @@
-"""What a kernel is started with: pointers and 32-bit integers."""
+"""Arguments of kernels: pointers and 32-bit integers."""
 
 import ctypes
 import struct
@@ -13,12 +13,12 @@ Argument: TypeAlias = Tensor | int | None
 
 
 def address_of(tensor: Tensor, index: int, name: str, position: int) -> int:
-    """Give a tensor's address, which must be on the device of this index: a kernel cannot read any other.
+    """Give the address of a tensor, which must be on the device of this index.
 
     Raises
     ------
     KernelError
-        The tensor, argument ``position`` of the kernel ``name``, is somewhere else.
+        The tensor, argument ``position`` of the kernel ``name``, is on another device.
     """
     if tensor.get_device() != index:
         raise KernelError(f"kernel {name}, argument {position}: the tensor is on {tensor.device}, not on cuda:{index}")

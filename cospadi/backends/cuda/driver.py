@@ -1,6 +1,6 @@
-"""Compiled kernels onto the GPU and into its queues, by the CUDA driver's own functions.
+"""Loading and launching of compiled kernels by the functions of the CUDA driver.
 
-Where NVRTC is missing but cupy is installed, cupy compiles and starts the same source.
+If NVRTC is missing and cupy is installed, cupy compiles and launches the same source.
 """
 
 import ctypes
@@ -64,7 +64,7 @@ def load_module(source: str, options: tuple[str, ...], device: torch.device) -> 
 
 
 _loading = threading.Lock()
-"""So that layers that are made ready in several threads do not compile and load the same source at once."""
+"""Keeps threads that prepare layers at the same time from compiling and loading the same source twice."""
 
 
 @functools.cache
@@ -220,8 +220,8 @@ class DriverKernel(Kernel):
         if code == 0 and current.value == self._context:
             code = library.cuLaunchKernel(*given)
         elif code == 0:
-            # A thread that has done nothing on this GPU yet has another context or none.  It gets back what it had:
-            # the runtime that torch uses takes the current context for the thread's choice of a device.
+            # A thread that has not used this GPU yet has another context or none.  Its context is restored, because
+            # the CUDA runtime takes the current context as the device that the thread has chosen.
             with self._driver.within(self._context):
                 code = library.cuLaunchKernel(*given)
         if code != 0:
@@ -235,7 +235,7 @@ class DriverKernel(Kernel):
             self._driver.check(code, f"giving the kernel {self._name} {shared_bytes} bytes of dynamic shared memory")
 
     def _memory(self, kinds: tuple[type, ...]) -> ArgumentMemory:
-        """Give memory for arguments of these types, of this thread's own: ctypes lets others run during a call."""
+        """Give memory for arguments of these types, private to the thread: other threads run during a call."""
         made = self._memories.of_types
         if kinds not in made:
             made[kinds] = ArgumentMemory(kinds, self._name)
