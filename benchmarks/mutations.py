@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 from common import RESULTS, save_result
-from cospadi_cli import render
+from cospadi_cli.console import quieten_libraries
 from cospadi_cli.main import main as command_line
 
 import cospadi
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--without-checksums", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    render.quieten_libraries()
+    quieten_libraries()
     name = "mutations-without-checksums" if arguments.without_checksums else "mutations"
     counts: dict[str, Counter[str]] = {"load": Counter(), "inspect": Counter(), "mutations": Counter()}
     failures: list[str] = []

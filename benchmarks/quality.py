@@ -21,7 +21,7 @@ from common import RESULTS, save_result
 
 import cospadi
 from cospadi.calibration.data import EMBEDDED_EVALUATION, fingerprint, read_text, token_windows
-from cospadi.evaluation.perplexity import perplexity
+from cospadi.evaluation import perplexity
 from cospadi.models import embedded_model, open_model
 from cospadi.pipeline import compress
 from cospadi.recipe import CompressionConfig

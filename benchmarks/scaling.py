@@ -18,6 +18,7 @@ from cospadi.allocation import Factors, families_of
 from cospadi.models import Layer, ModelMap, OpenModel, Weights, find_blocks, form_groups, is_linear, split_experts
 from cospadi.pipeline import choose_method
 from cospadi.pipeline import workload as costs
+from cospadi.pipeline.mapped_model import MappedModel
 from cospadi.pipeline.memory_plan import plan_memory
 from cospadi.recipe import CompressionConfig
 
@@ -79,7 +80,7 @@ def account(config: tf.PretrainedConfig, recipe: dict) -> dict:
     groups = form_groups(mapped.layers, "natural")
     samples, seq_len = settings.calibration.samples, settings.calibration.seq_len
     windows = torch.zeros(samples, seq_len, dtype=torch.int64)
-    predicted = plan_memory(source, mapped, groups, windows, settings, 1, True, None).predicted
+    predicted = plan_memory(MappedModel(source, mapped, tuple(groups), windows), settings, 1, None).predicted
     method, _ = choose_method(settings)
     inputs = {layer.source: layer.in_features for layer in mapped.layers}
     parameters = sum(p.numel() for p in source.model.parameters())

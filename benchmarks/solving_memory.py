@@ -20,7 +20,7 @@ import torch
 from common import save_result
 from scipy.optimize import linprog
 
-from cospadi.allocation import Choice, Factors, Method, Quantized, families_of, profile_group
+from cospadi.allocation import Choice, Factors, GroupPlan, Method, Quantized, families_of, profile_group
 from cospadi.calibration import SourceStatistics
 from cospadi.models import Group, Layer, keep_small_heap, trim_heap
 from cospadi.pipeline.approximate import factorize_group
@@ -93,7 +93,7 @@ def work(way: str, group: Group, given: GroupInputs) -> None:
     d, n = group.in_features, group.layers[0].out_features
     gram = given.statistics["layer"].gram
     assert gram is not None
-    factorize_group(group, choice(way, d, n), target, {"layer": gram.matrix}, {}, method)
+    factorize_group(GroupPlan(group, choice(way, d, n), None), target, {"layer": gram.matrix}, {}, method)
 
 
 SOLVER: dict[str, tuple[str, dict[str, Any]]] = {"single-step": ("single-step", {}), "htp": ("htp", {"n_iter": 2})}

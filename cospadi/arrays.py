@@ -66,9 +66,10 @@ def convert(array: Array, library: str) -> Array:
         return array.cpu().numpy() if source == "torch" else np.asarray(array)
     if library == "torch":
         import torch
+        from torch.utils.dlpack import from_dlpack
 
         if source == "cupy":
-            return torch.from_dlpack(array)
+            return from_dlpack(array)
         return torch.from_numpy(np.ascontiguousarray(array))
     if library == "cupy":
         state = cupy_availability()
@@ -121,6 +122,11 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
         return values, vectors
     found = namespace(matrix).linalg.eigh(matrix)
     return found[0], found[1]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Give the name of a dtype without the name of its library, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def torch_device(name: str) -> torch.device:

@@ -32,7 +32,7 @@ class _Counted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(_Counted):
-    """So much of a stage is done, out of how much; ``done`` = 0 says that the stage begins.
+    """Progress of a stage: ``done`` of ``total``; ``done`` = 0 says that the stage begins.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Progress(_Counted):
 
 @dataclass(frozen=True)
 class Predicted(Event):
-    """What the run will take of the host's memory, in bytes, known before anything large is read.
+    """The predicted host memory of the run, in bytes, before anything large is read.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class Predicted(Event):
 
 @dataclass(frozen=True)
 class Calibrated(Progress):
-    """So much of the calibration is done, counted in what ``of`` says: block passes, or parts."""
+    """Progress of the calibration, counted in ``of``: block passes, or parts."""
 
     event: ClassVar[str] = "calibrated"
     stage: ClassVar[str] = "calibrating"
@@ -97,7 +97,7 @@ class Calibrated(Progress):
 
 @dataclass(frozen=True)
 class Profiled(Progress):
-    """The menus of so many groups are known."""
+    """Progress of profiling: the menus of ``done`` groups are known."""
 
     event: ClassVar[str] = "profiled"
     stage: ClassVar[str] = "profiling"
@@ -108,7 +108,7 @@ class Profiled(Progress):
 
 @dataclass(frozen=True)
 class Corrected(Progress):
-    """So many of the sample groups were solved to see how far the profiles can be trusted."""
+    """Progress of the corrections: ``done`` sample groups were solved to check the profiles."""
 
     event: ClassVar[str] = "corrected"
     stage: ClassVar[str] = "correcting"
@@ -119,7 +119,7 @@ class Corrected(Progress):
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A piece of work: a group of layers, how it is stored, and what solving it costs (``costs.solving``)."""
+    """A group of the plan: its name, how it is stored, and the relative cost of solving it."""
 
     name: str
     kind: str
@@ -128,7 +128,7 @@ class PlannedUnit:
 
 @dataclass(frozen=True)
 class Planned(Event):
-    """It is known how each group is stored; solving begins."""
+    """The plan: how each group is stored; solving begins."""
 
     event: ClassVar[str] = "planned"
     n_layers: int
@@ -172,7 +172,7 @@ class Written(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Progress):
-    """So much of the closing evaluation is done."""
+    """Progress of the closing evaluation."""
 
     event: ClassVar[str] = "evaluated"
     stage: ClassVar[str] = "evaluating"

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from cospadi.backends import BACKENDS, Placement
-from cospadi.evaluation.speed.problems import layer_size
+from cospadi.evaluation.speed.random_layers import layer_size
 from cospadi.formats import FORMATS, pack_dictionary, unpack_dictionary
 from cospadi.reporting import machine, versions
 

@@ -79,7 +79,7 @@ wants smoke && step 02 smoke "$([ "$mode" = quick ] && echo 50 || echo 75)" "$PY
 wants selftest && [ "$mode" != quick ] && step 03 selftest 120 bash "$here/steps.sh" selftest
 wants kernels && step 04 kernels 65 bash "$here/steps.sh" kernels
 # These two measure no speed and mostly wait for the host: side by side.
-wants job && { step 05 job 140 bash "$here/steps.sh" job & }
+wants job && { step 05 job 170 bash "$here/steps.sh" job & }
 wants pytest && { step 06 pytest 120 bash "$here/steps.sh" run_pytest & }
 wait
 wants solvers && step 07 solvers 110 bash "$here/steps.sh" solvers

@@ -16,8 +16,8 @@ from cospadi.backends.cuda.runtime import machine_of
 from cospadi.backends.selftest.examples import example as make
 from cospadi.backends.selftest.learners import ksvd
 from cospadi.backends.selftest.products import prepared
-from cospadi.evaluation.speed.dispatch import sparse_linear
-from cospadi.evaluation.speed.problems import layer_size, random_layer
+from cospadi.evaluation.speed.dispatch_overhead import sparse_linear
+from cospadi.evaluation.speed.random_layers import layer_size, random_layer
 from cospadi.solvers import SOLVERS, Problem, relative_error
 
 FAILED = []

@@ -1,4 +1,4 @@
-"""``cospadi-cli``: the group of commands, and how errors become lines and exit codes."""
+"""``cospadi-cli``: the group of commands, and the lines and exit codes of errors."""
 
 import shlex
 import sys
@@ -8,17 +8,17 @@ import click
 
 from cospadi.errors import CospadiError, UsageError
 from cospadi.registry import nearest
-from cospadi_cli.bench import bench
-from cospadi_cli.compress import compress
-from cospadi_cli.decompress import decompress
-from cospadi_cli.demo import demo
-from cospadi_cli.evaluate import evaluate
-from cospadi_cli.generate import generate
-from cospadi_cli.inspect import inspect
-from cospadi_cli.registries import backends, formats, solvers
-from cospadi_cli.selftest import selftest
-from cospadi_cli.status import status
-from cospadi_cli.tune import tune
+from cospadi_cli.commands.bench import bench
+from cospadi_cli.commands.compress import compress
+from cospadi_cli.commands.decompress import decompress
+from cospadi_cli.commands.demo import demo
+from cospadi_cli.commands.evaluate import evaluate
+from cospadi_cli.commands.generate import generate
+from cospadi_cli.commands.inspect import inspect
+from cospadi_cli.commands.registries import backends, formats, solvers
+from cospadi_cli.commands.selftest import selftest
+from cospadi_cli.commands.status import status
+from cospadi_cli.commands.tune import tune
 
 PROGRAM = "cospadi-cli"
 
@@ -26,12 +26,12 @@ PROGRAM = "cospadi-cli"
 class Group(click.Group):
     """A group whose errors are one line each: exit code 2 for misuse, 1 for failure, 130 for an interruption."""
 
-    def main(  # type: ignore[override]  # click's own never returns or does, by an argument that is fixed here
+    def main(  # type: ignore[override]  # click's own returns or not, by an argument that is fixed here
         self, args: Any = None, prog_name: str | None = None, **extra: Any
     ) -> NoReturn:
-        """Run a command and leave with its exit code; the arguments are at hand in ``ctx.obj``."""
+        """Run a command and leave with its exit code; ``ctx.obj`` is the command line."""
         args = list(sys.argv[1:] if args is None else args)
-        # The commands print the line that resumes an interrupted run, so they need what was typed.
+        # The commands print the line that resumes an interrupted run, so they need the command line.
         extra |= {"standalone_mode": False, "obj": shlex.join([PROGRAM, *args])}
         try:
             code = super().main(args, prog_name or PROGRAM, **extra)

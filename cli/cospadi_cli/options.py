@@ -1,4 +1,4 @@
-"""Options that commands share; those of the recipe are made from its fields, which are described once, in config.py."""
+"""Options that commands share; those of the recipe are made from its fields and their documentation."""
 
 import re
 import types
@@ -54,7 +54,7 @@ def recipe_options(*names: str) -> Callable[[Command], Command]:
 
 
 def recipe_from(values: dict[str, Any]) -> CompressionConfig:
-    """Make the recipe from a command's values: defaults, then the recipe file, then flags.
+    """Make the recipe from a command's values: flags override the recipe file, which overrides the defaults.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def recipe_from(values: dict[str, Any]) -> CompressionConfig:
 
 
 def execution_options(command: Command) -> Command:
-    """Add the flags that say where and within what a command works; ``execution_from`` reads their values."""
+    """Add the flags of ``Execution``, which ``execution_from`` reads."""
     for option in (
         click.option(
             "--ray-inputs",
@@ -110,7 +110,7 @@ def execution_options(command: Command) -> Command:
 
 
 def execution_from(values: dict[str, Any]) -> Execution:
-    """Take the values of ``execution_options`` out of a command's and make them one.
+    """Remove the values of ``execution_options`` from a command's values, and give them as an ``Execution``.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def _option(path: Path, model: type[BaseModel], field: FieldInfo) -> Callable[[C
         else str,
         multiple=many,
         metavar=_METAVARS.get(name),
-        default=None,  # what was not given must not override the recipe file
+        default=None,  # a flag that was not given must not override the recipe file
         help=help_text,
     )
 
@@ -175,7 +175,7 @@ def _plain(annotation: Any) -> Any:
 
 
 def describe(documented: type, name: str) -> str:
-    """Give what a class's numpydoc section ``Attributes`` says of one attribute, on one line."""
+    """Give the description of an attribute in a class's numpydoc section ``Attributes``, on one line."""
     entry = re.compile(rf"^    (?:\w+, )*{name}(?:, \w+)* : .*\n((?:        .*\n?)+)", re.MULTILINE)
     found = entry.search(documented.__doc__ or "")
     text = " ".join(found.group(1).replace("`", "").split()) if found else ""

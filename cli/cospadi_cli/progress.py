@@ -1,4 +1,4 @@
-"""What a run tells while it works: a live display or plain lines, a log, JSON lines."""
+"""The progress of a run: a live display or plain lines, a log, JSON lines."""
 
 import time
 from collections import deque
@@ -27,11 +27,12 @@ from cospadi.events import (
     Written,
 )
 from cospadi.pipeline import TimeLeft
-from cospadi_cli.linefile import as_json, open_lines, stamped, standard_output
-from cospadi_cli.render import console, size, stored_as
+from cospadi_cli.console import console, printable, size
+from cospadi_cli.log_files import as_json, open_lines, stamped, standard_output
+from cospadi_cli.report_tables import stored_as
 
 _INTERVAL = 30.0
-"""Seconds between plain lines about what is no layer."""
+"""Seconds between plain lines about a stage, its first and last ones apart."""
 _LAYERS = 8
 """Rows of the live table."""
 _COUNTED = {"calibrating": "windows", "profiling": "groups", "correcting": "sample groups", "evaluating": "batches"}
@@ -81,12 +82,12 @@ def progress(quiet: bool, log: Path | None = None, events: str | None = None) ->
 
 
 class Lines:
-    """A listener that writes plain lines: one for each layer and turn of events, else one in half a minute.
+    """A listener that writes plain lines: one for each layer and each change of stage, else one in half a minute.
 
     Parameters
     ----------
     write : callable
-        Takes a line.
+        Receives a line.
     clock : callable
         Gives seconds.
     """
@@ -96,7 +97,7 @@ class Lines:
         self._time_left, self._stage, self._last = TimeLeft(clock()), "", 0.0
 
     def __call__(self, event: Event) -> None:
-        """Take in an event."""
+        """Handle an event."""
         now = self._clock()
         self._time_left.observe(event, now)
         if isinstance(event, Progress) and not isinstance(event, GroupFinished):
@@ -109,12 +110,12 @@ class Lines:
 
 
 class Display:
-    """What a terminal shows: the last layers, the memory, and the stage with its bar and the time left.
+    """The display of a terminal: the last layers, the memory, and the stage with its bar and the time left.
 
     Parameters
     ----------
     screen : Console
-        What stays to be seen is printed on it, above the display.
+        Lines that stay are printed on it, above the display.
     clock : callable
         Gives seconds.
     """
@@ -144,7 +145,7 @@ class Display:
         return Group(*([table] if self._rows else []), *memory, self._bars)
 
     def listen(self, event: Event) -> None:
-        """Take in an event."""
+        """Handle an event."""
         self._time_left.observe(event, self._clock())
         if isinstance(event, Predicted):
             self._memory = describe_event(event)
@@ -152,7 +153,7 @@ class Display:
             self._advance(event)
             if event.done >= event.total and not isinstance(event, GroupFinished):
                 self._screen.print(Text(describe_event(event)))
-        elif not isinstance(event, Stopped):  # how to go on is the last that is printed, below the display
+        elif not isinstance(event, Stopped):  # printed last, below the display
             self._screen.print(Text(describe_event(event)))
         if isinstance(event, GroupFinished):
             self._rows.append(_cells(event))
@@ -182,7 +183,7 @@ class _Left(ProgressColumn):
 
 def describe_event(event: Event) -> str:
     """Phrase one event on one line, without control characters."""
-    return _plain(_phrase(event))
+    return printable(_phrase(event))
 
 
 def _phrase(event: Event) -> str:
@@ -195,7 +196,7 @@ def _phrase(event: Event) -> str:
             )
         case GroupFinished():
             name, kind, dimensions, error, n_bytes, seconds = _cells(event)
-            how = "taken over" if event.resumed else f"{seconds} s"
+            how = "from the interrupted run" if event.resumed else f"{seconds} s"
             dense = size(event.row["dense_bytes"])
             stored = f"{kind} {dimensions}".strip()
             return f"[{event.done}/{event.total}] {name}: {stored}, error {error}, {n_bytes} of {dense}, {how}"
@@ -206,15 +207,15 @@ def _phrase(event: Event) -> str:
             parts = ("baseline", "weights", "grams", "activations", "solving")
             limit = f" of {size(event.limit)} allowed" if event.limit is not None else ""
             return (
-                f"peak memory will be {size(event.peak)}{limit} "
+                f"predicted peak memory {size(event.peak)}{limit} "
                 f"({', '.join(f'{part} {size(getattr(event, part))}' for part in parts)})"
             )
         case Retried():
-            return f"again: {event.task} ({event.reason})"
+            return f"retried: {event.task} ({event.reason})"
         case Written():
             return f"written to {event.path}"
         case Stopped():
-            again = f" What is finished is kept. To go on: {event.resume}" if event.resume else ""
+            again = f" Finished work is kept. To continue: {event.resume}" if event.resume else ""
             return f"{event.reason}.{again}"
     raise AssertionError(f"unknown event {event!r}")
 
@@ -226,18 +227,13 @@ def _cells(event: GroupFinished) -> tuple[str, ...]:
     dimensions = "" if row["n_atoms"] is None else f"{row['n_atoms']} x {row['n_nonzero']}"
     seconds = "" if event.resumed else f"{event.seconds:.1f}"
     return (
-        _plain(row["name"]) + shared,
+        printable(row["name"]) + shared,
         stored_as(row),
         dimensions,
         f"{row['relative_error']:.4f}",
         size(row["bytes"]),
         seconds,
     )
-
-
-def _plain(text: str) -> str:
-    """Replace what a terminal would obey: names come from checkpoints, and errors from anywhere."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 def duration(seconds: float) -> str:

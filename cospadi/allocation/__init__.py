@@ -1,4 +1,4 @@
-"""How the budget is spread over the groups of layers."""
+"""What each group of layers may become, at which cost, and the choice within the budget."""
 
 import lazy_loader
 

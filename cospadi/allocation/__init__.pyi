@@ -1,4 +1,4 @@
-from .assignment import Assignment, Unit, allocate, check_plan, families_of, uniform_assignment
+from .assignment import Assignment, GroupPlan, allocate, check_plan, families_of, uniform_assignment
 from .budget import DENSE_BITS, Budget, GroupShape
 from .choices import Choice, Factors, Method, Quantized
 from .matching import match_groups, pair_distances
@@ -14,12 +14,12 @@ __all__ = [
     "Corrections",
     "Factors",
     "Families",
+    "GroupPlan",
     "GroupProfile",
     "GroupShape",
     "Method",
     "Point",
     "Quantized",
-    "Unit",
     "allocate",
     "check_plan",
     "families_of",

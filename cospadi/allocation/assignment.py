@@ -1,4 +1,4 @@
-"""From the recipe and what was measured to a plan: how each group of layers is stored."""
+"""The plan: how each group of layers is stored, from the recipe and the measured profiles."""
 
 import fnmatch
 from collections.abc import Callable, Sequence
@@ -30,8 +30,8 @@ STRATEGIES: dict[str, Callable[[], Allocator]] = {
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One piece of work: a group of layers and how to store it.
+class GroupPlan:
+    """A group of layers and how to store it.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Assignment:
 
     Attributes
     ----------
-    units : tuple of Unit
+    groups : tuple of GroupPlan
         The groups that change; groups that are quantised come layer by layer.
     dense : tuple of Group
         The layers that stay as they are, each alone.
@@ -62,7 +62,7 @@ class Assignment:
         For the report: strategy, predicted cost, proved gap, unused bytes, errors of the profile.
     """
 
-    units: tuple[Unit, ...]
+    groups: tuple[GroupPlan, ...]
     dense: tuple[Group, ...]
     account: dict[str, Any]
 
@@ -80,20 +80,20 @@ def uniform_assignment(config: CompressionConfig, method: Method, groups: Sequen
     rho = config.rho or 2.0
     budget = Budget(config.ratio, rho, codec, value_dtype, config.convention, method.solver.sparse)
     sizes = Uniform(budget).allocate([GroupShape(g.in_features, g.out_features) for g in groups])
-    units, dense = [], []
+    plans, dense = [], []
     for group, size in zip(groups, sizes, strict=True):
         if size is None:
             dense += [Group((layer,)) for layer in group.layers]
         else:
             dtypes = (value_dtype, dictionary_dtype_of(value_dtype))
-            units.append(Unit(group, Factors(size.n_atoms, size.n_nonzero, "input", *dtypes), None))
-    if not units:
+            plans.append(GroupPlan(group, Factors(size.n_atoms, size.n_nonzero, "input", *dtypes), None))
+    if not plans:
         raise UsageError(f"at ratio {config.ratio} no layer is large enough to save anything: choose another ratio")
-    return Assignment(tuple(units), tuple(dense), {"strategy": "uniform"})
+    return Assignment(tuple(plans), tuple(dense), {"strategy": "uniform"})
 
 
 def check_plan(config: CompressionConfig, method: Method, groups: Sequence[Group]) -> None:
-    """Say what cannot work before the long calibration.
+    """Refuse what cannot work, before the long calibration.
 
     Raises
     ------
@@ -154,24 +154,24 @@ def allocate(
         for p, g in zip(profiles, groups, strict=True)
     ]
     found: Allocation = STRATEGIES[config.allocation]().allocate(menus, capacity_for(menus, config.ratio))
-    units: list[Unit] = []
+    plans: list[GroupPlan] = []
     dense: list[Group] = []
     # The solver may weigh errors otherwise than the allocation does: then their increases do not compare.
     comparable = config.column_weights == (config.cost == "sensitivity")
     for group, profile, entry in zip(groups, profiles, found.entries, strict=True):
         choice: Choice = entry.choice
         if isinstance(choice, Factors):
-            units.append(Unit(group, choice, entry.cost * _per_cost(profile, config) if comparable else None))
+            plans.append(GroupPlan(group, choice, entry.cost * _per_cost(profile, config) if comparable else None))
             continue
         for layer, dtype in zip(group.layers, choice.dtypes, strict=True):
             alone = Group((layer,))
             if dtype == DENSE:
                 dense.append(alone)
             else:
-                units.append(Unit(alone, Quantized((dtype,)), None))
-    if not units:
+                plans.append(GroupPlan(alone, Quantized((dtype,)), None))
+    if not plans:
         raise UsageError(f"at ratio {config.ratio} nothing would change: choose a larger ratio")
-    return Assignment(tuple(units), tuple(dense), _account(config, found, profiles, families))
+    return Assignment(tuple(plans), tuple(dense), _account(config, found, profiles, families))
 
 
 def _costed(menu: Menu, profile: GroupProfile, config: CompressionConfig) -> Menu:
@@ -181,7 +181,7 @@ def _costed(menu: Menu, profile: GroupProfile, config: CompressionConfig) -> Men
 
 
 def _per_cost(profile: GroupProfile, config: CompressionConfig) -> float:
-    """Give the loss increase that one unit of the recipe's cost stands for."""
+    """Give the predicted loss increase for a cost of one in the recipe's measure."""
     return max(profile.energy, 1e-300) if config.cost == "relative-error" else 1.0
 
 

@@ -1,4 +1,4 @@
-"""What an allocation strategy takes and gives: menus and a capacity, and one entry of each menu."""
+"""The contract of an allocation strategy: menus and a capacity in, one entry of each menu out."""
 
 import abc
 import math

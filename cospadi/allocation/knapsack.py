@@ -186,7 +186,7 @@ def _c_output_to_stderr() -> Iterator[None]:
 
 
 def _fill(points: Points, current: Ints, capacity: int) -> Ints:
-    """Spend what is left of the capacity greedily."""
+    """Spend the rest of the capacity greedily."""
     entries = [Entry(int(b), float(c), i) for i, (b, c) in enumerate(zip(points.bits, points.costs, strict=True))]
     finer = [entries[a:b] for a, b in zip(points.starts[:-1], points.starts[1:], strict=True)]
     spent = spend_rest([entries[i] for i in current], finer, capacity)

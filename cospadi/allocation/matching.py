@@ -94,7 +94,7 @@ def pair_distances(
 def match_groups(groups: Sequence[Group], distances: Tensor, limit: float | None = None) -> list[Group]:
     """Join groups to the pairs that have the least sum of distances: a matching of maximum weight (Edmonds 1965).
 
-    As many pairs as possible are formed; what is left over stays as it is.  Applied to its own result it makes groups
+    As many pairs as possible are formed; the other groups stay as they are.  Applied to its own result it makes groups
     of four, and so on.
 
     Parameters

@@ -1,7 +1,6 @@
 """Every way in which one group of layers may be stored, with its bits and its predicted cost."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,34 +97,11 @@ def restrict(menu: Menu, floor: float = 0.0, ceiling: float = 1.0) -> Menu:
     if not floor <= ceiling <= 1:
         raise UsageError(f"{menu.name}: limits {floor} to {ceiling} of the removed fraction; expected low <= high <= 1")
     kept = [e for e in menu.entries if floor - ROUNDING <= menu.removed(e) <= ceiling + ROUNDING]
-    return _narrowed(menu, kept, f"removes between {floor:g} and {ceiling:g} of its bytes")
-
-
-def pin(menu: Menu, wanted: Callable[[Entry], bool], asked: str) -> Menu:
-    """Give the menu with the entries that the caller wants alone.
-
-    Parameters
-    ----------
-    menu : Menu
-        Of one group.
-    wanted : callable
-        Whether an entry may be chosen.
-    asked : str
-        What was asked for, in the words of the error: "keeps it dense".
-
-    Raises
-    ------
-    UsageError
-        No entry is wanted.
-    """
-    return _narrowed(menu, [entry for entry in menu.entries if wanted(entry)], asked)
-
-
-def _narrowed(menu: Menu, kept: list[Entry], asked: str) -> Menu:
     if not kept:
         removed = sorted(menu.removed(entry) for entry in menu.entries)
         raise UsageError(
-            f"{menu.name}: no way of storing it {asked}; its {len(removed)} entries remove "
-            f"{removed[0]:.4g} to {removed[-1]:.4g}: widen what is asked of this group, or the menu"
+            f"{menu.name}: no way of storing it removes between {floor:g} and {ceiling:g} of its bytes; its "
+            f"{len(removed)} entries remove {removed[0]:.4g} to {removed[-1]:.4g}: "
+            "widen what is asked of this group, or the menu"
         )
     return replace(menu, entries=tuple(kept))

@@ -82,7 +82,7 @@ class Families:
 
     @property
     def middle_rho(self) -> float:
-        """The rho that stands for all where points are dear."""
+        """The rho at which a group is sampled where every sample costs a solve."""
         return self.rhos[len(self.rhos) // 2]
 
     def for_outputs(self) -> "Families":

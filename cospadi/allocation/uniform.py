@@ -1,4 +1,4 @@
-"""The same ratio for every group, by formula: what is left to do where no menus were profiled."""
+"""The same ratio for every group, by formula, without a profile."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How factorised layers are multiplied at run time; see docs/backends.md."""
+"""The product y = (x D) S at run time: kernels, the torch operator, ``SparseLinear``."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The base of the runtime backends: y = (x D) S for the layers of one group.
+"""The contract of a runtime backend: y = (x D) S for the layers of one group.
 
 Each of the two products can run alone.  With the dictionary on the side of the outputs, a layer computes x S^T first
 and then a product with D^T, whose rows are stored like atoms.

@@ -95,7 +95,7 @@ class _Outputs:
 
 
 class Bundle:
-    """Layers that run together because they share dictionary and input; or a single layer.
+    """Layers that run together: they share their dictionary and receive the same input tensor, or there is one layer.
 
     Parameters
     ----------

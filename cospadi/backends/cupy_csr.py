@@ -9,6 +9,7 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from cospadi.arrays import cupy_availability
 from cospadi.backends.base import Backend, Placement
@@ -69,7 +70,7 @@ def _product(matrix: Any, z: Tensor) -> Tensor:
     import cupy
 
     with _on_stream_of(z):
-        return torch.from_dlpack((matrix @ cupy.from_dlpack(z).T).T)
+        return from_dlpack((matrix @ cupy.from_dlpack(z).T).T)
 
 
 def _on_stream_of(tensor: Tensor) -> Any:

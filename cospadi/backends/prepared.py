@@ -1,4 +1,4 @@
-"""What a backend prepared from stored tensors, with a check that these have not changed since."""
+"""What a backend prepared from stored tensors, and whether the tensors have changed since."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

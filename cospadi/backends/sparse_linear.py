@@ -109,7 +109,7 @@ class SparseLinear(nn.Module):
         self.forget()
 
     def forget(self) -> None:
-        """Drop what the backend has prepared; it is made again on the next call."""
+        """Drop what the backend has prepared; the next call prepares it again."""
         self._bundle.forget()
         self._group.forget()
 

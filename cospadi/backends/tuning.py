@@ -112,7 +112,7 @@ def stored_tuned() -> tuple[Tuned, ...]:
 
 
 def store_tuned(entries: list[Tuned]) -> Path:
-    """Store thresholds; those of the same backend, machine, dtype and versions are replaced.
+    """Store measured thresholds; they replace those for the same places.
 
     Returns
     -------

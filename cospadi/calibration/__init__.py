@@ -1,4 +1,4 @@
-"""What a model does on the calibration text: token windows, collectors and their statistics."""
+"""Calibration: token windows, collectors and their statistics, and the passes that feed them."""
 
 import lazy_loader
 

@@ -5,7 +5,7 @@ from .data import EMBEDDED_EVALUATION, fingerprint, open_text, token_windows
 from .gram import Gram
 from .lockstep import Lockstep, forward_call
 from .sensitivity import largest_batch, walk_statistics
-from .sequential import SequentialWalk
+from .sequential import SequentialWalk, WalkedModel
 from .source_statistics import SourceStatistics
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Lockstep",
     "SequentialWalk",
     "SourceStatistics",
+    "WalkedModel",
     "fingerprint",
     "forward_call",
     "largest_batch",

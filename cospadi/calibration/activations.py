@@ -105,7 +105,7 @@ class ActivationCache:
         assert held.path is not None
         storage = torch.from_numpy(np.fromfile(held.path, dtype=np.uint8)).to(held.empty.device).untyped_storage()
         shape, stride, offset = held.layout
-        return held.empty.new_empty(0).set_(storage, offset, shape, stride)  # type: ignore[call-overload]
+        return held.empty.new_empty(0).set_(storage, offset, shape, stride)
 
     def drop(self, held: Held) -> None:
         """Forget a tensor."""

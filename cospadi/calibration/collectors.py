@@ -1,4 +1,4 @@
-"""Collectors watch layers while a model runs and sum up what they see."""
+"""Collectors: context managers that watch layers while a model runs and sum their inputs."""
 
 import abc
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What sequential calibration keeps of a layer's inputs: their Gram, and how they differ from the dense model's."""
+"""Statistics of sequential calibration: the Gram of a layer's inputs, and their difference from the dense model's."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ class CrossGram:
         Width of the inputs.
     device : torch.device, optional
         Where the sums are kept.
-    drift : bool
-        Also keep the Gram of ``X - X~``, with which the error against the dense model's outputs can be told.
 
     Attributes
     ----------
@@ -30,16 +28,13 @@ class CrossGram:
         ``X~^T X~``.
     shift : Tensor, shape (in_features, in_features), float64, or None
         ``X~^T (X - X~)``; None when there is no dense model or its rows do not correspond.
-    drift : Gram or None
-        ``(X - X~)^T (X - X~)``.
     note : str
         Why what was asked for is missing, for the report; empty if nothing is.
     """
 
-    def __init__(self, name: str, in_features: int, device: torch.device | str = "cpu", drift: bool = False) -> None:
+    def __init__(self, name: str, in_features: int, device: torch.device | str = "cpu") -> None:
         self.gram = Gram(name, in_features, device)
         self.shift: Tensor | None = None
-        self.drift: Gram | None = Gram(name, in_features, device) if drift else None
         self.note = ""
         self._given_up = False
 
@@ -48,41 +43,13 @@ class CrossGram:
         """Rows of X~."""
         return self.gram.n_tokens
 
-    @property
-    def cross(self) -> Tensor:
-        """``X~^T X``, shape (in_features, in_features), float64.
-
-        Raises
-        ------
-        ValueError
-            The shift was not collected.
-        """
-        if self.shift is None:
-            raise ValueError(f"{self.gram.name}: no cross-Gram was collected ({self.note or 'no dense model'})")
-        return self.gram.matrix + self.shift
-
-    @property
-    def dense(self) -> Tensor:
-        """``X^T X``, shape (in_features, in_features), float64.
-
-        Raises
-        ------
-        ValueError
-            The drift was not collected.
-        """
-        if self.drift is None:
-            raise ValueError(f"{self.gram.name}: no Gram of the drift was collected ({self.note or 'not asked for'})")
-        return self.cross + (self.cross - self.gram.matrix).T + self.drift.matrix
-
-    def add(self, inputs: Tensor, dense: Tensor | None = None, weights: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, dense: Tensor | None = None) -> None:
         """Add inputs of the same tokens in both models.
 
         Parameters
         ----------
         inputs, dense : Tensor, shape (..., in_features), floating
             X~ and X; not modified.  X is ignored after ``give_up``.
-        weights : Tensor, shape (n_tokens,), optional
-            A factor for every token, not negative.
 
         Raises
         ------
@@ -91,15 +58,11 @@ class CrossGram:
         """
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)  # as the Gram does
-        root = None if weights is None else weights.detach().reshape(-1, 1).to(rows).sqrt()
-        own = rows if root is None else rows * root
-        self.gram.add(own)
+        self.gram.add(rows)
         if dense is None or self._given_up:
             return
         away = dense.detach().reshape(rows.shape).to(rows) - rows
-        if root is not None:
-            away *= root
-        product = own.T @ away
+        product = rows.T @ away
         if not bool(torch.isfinite(product).all()):
             raise NumericalError(
                 f"{self.gram.name}: the dense model's calibration activations hold NaN, infinity or overflow float32"
@@ -107,16 +70,9 @@ class CrossGram:
         if self.shift is None:
             self.shift = torch.zeros_like(self.gram.matrix)
         self.shift += product
-        if self.drift is not None:
-            self.drift.add(away)
 
     def give_up(self, note: str) -> None:
         """Drop what was collected of the dense model, and say why."""
-        self.shift = self.drift = None
+        self.shift = None
         self._given_up = True
-        self.remark(note)
-
-    def remark(self, note: str) -> None:
-        """Add to the note what it does not say yet."""
-        if note not in self.note:
-            self.note = f"{self.note}; {note}" if self.note else note
+        self.note = note

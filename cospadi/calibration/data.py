@@ -18,7 +18,7 @@ EMBEDDED_EVALUATION = "evaluation.txt"
 
 _READ = 2**16
 _PIECE, _LONGEST_PIECE = 200_000, 1_000_000
-"""Characters that are tokenized at once: up to a line end, or so many where there is none."""
+"""Characters that are tokenized at once: up to a line end, or exactly as many where there is none."""
 
 
 def read_text(source: str | Path | None, embedded: str = EMBEDDED_CALIBRATION) -> str:
@@ -97,7 +97,7 @@ def token_windows(tokenizer: Any, text: str | Iterable[str], seq_len: int, sampl
     seq_len : int
         Tokens per window.
     samples : int, optional
-        Take the first so many windows; None takes all full ones.
+        Number of windows to take from the start; None takes all full ones.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What calibration keeps of a layer's inputs: their Gram matrix."""
+"""The Gram matrix of a layer's inputs, summed over tokens."""
 
 from pathlib import Path
 

@@ -89,7 +89,7 @@ class BlockPasses:
         self._lockstep.advance()
 
     def restart(self, n_blocks: int) -> None:
-        """Run every pass from the start through so many blocks."""
+        """Run every pass from the start through the first blocks."""
         self._lockstep.__exit__(None, None, None)
         self._lockstep, self._next = self._begin(), 0
         self._lockstep.__enter__()

@@ -35,8 +35,8 @@ class SensitivityCollector:
         The linear layers, by name; their weights need no gradient.
     layers : sequence of Layer
         What to know about them; layers of one source are taken together.
-    grams, weighted, output_grams : bool
-        Which sums to keep beside the squares; see ``SourceStatistics``.
+    weighted : bool
+        Also sum the weighted Gram; see ``SourceStatistics``.
     note : str
         How the loss is defined.
     device : torch.device
@@ -53,9 +53,7 @@ class SensitivityCollector:
         modules: Mapping[str, nn.Module],
         layers: Sequence[Layer],
         *,
-        grams: bool = True,
         weighted: bool = False,
-        output_grams: bool = False,
         note: str = "",
         device: torch.device | str = "cpu",
     ) -> None:
@@ -69,9 +67,7 @@ class SensitivityCollector:
                 source,
                 members[0].in_features,
                 {layer.name: layer.out_features for layer in members},
-                grams=grams,
                 weighted=weighted,
-                output_grams=output_grams,
                 device=device,
                 note=note,
             )
@@ -209,9 +205,7 @@ def walk_statistics(
     labels: str = "model",
     seed: int = 0,
     first_window: int = 0,
-    grams: bool = True,
     weighted: bool = False,
-    output_grams: bool = False,
     device: torch.device | str = "cpu",
     cache: ActivationCache | None = None,
     known: Container[str] = (),
@@ -246,8 +240,8 @@ def walk_statistics(
     first_window : int
         Index of the first of these windows among all of the calibration; workers that share the windows give theirs,
         and their merged results are those of one worker.
-    grams, weighted, output_grams : bool
-        Which sums to keep beside the squares; see ``SourceStatistics``.
+    weighted : bool
+        Also sum the weighted Gram; see ``SourceStatistics``.
     device : torch.device
         Where the sums are kept: that of the model.
     cache : ActivationCache, optional
@@ -288,7 +282,7 @@ def walk_statistics(
         return output, chosen.gradient(output, batches[index], starts[index])
 
     choose_labels(labels, True, bool(model.can_generate()), seed)  # what cannot be is said before the work begins
-    costs = _pass_costs(model, blocks, [la for la in mapped.layers if la.source not in known], weighted + grams)
+    costs = _pass_costs(model, blocks, [la for la in mapped.layers if la.source not in known], 1 + weighted)
     done, total, work = 0, len(costs), sum(costs)
 
     def tell() -> None:
@@ -315,8 +309,7 @@ def walk_statistics(
         tell()
         for block in reversed(range(len(blocks))):
             layers = [layer for layer in mapped.layers if layer.block == block and layer.source not in known]
-            kept = {"grams": grams, "weighted": weighted, "output_grams": output_grams}
-            with SensitivityCollector(modules, layers, note=chosen.note, device=device, **kept) as collector:
+            with SensitivityCollector(modules, layers, weighted=weighted, note=chosen.note, device=device) as collector:
 
                 def backward(index: int, outputs: Any, gradients: Any, own: SensitivityCollector = collector) -> None:
                     own.backward(outputs, gradients, batches[index].numel())
@@ -336,14 +329,6 @@ def _pass_costs(model: Any, blocks: Sequence[nn.Module], layers: Sequence[Layer]
         back[block] += _PER_GRAM * n_grams * width**2
     head = model.get_output_embeddings()
     return [*forth, 0.0 if head is None else _PER_HEAD * head.weight.numel(), *reversed(back)]
-
-
-def collect_statistics(*args: Any, **options: Any) -> dict[str, SourceStatistics]:
-    """Give the statistics of all layers at once, by source; see ``walk_statistics``."""
-    found: dict[str, SourceStatistics] = {}
-    for statistics in walk_statistics(*args, **options):
-        found.update(statistics)
-    return found
 
 
 @contextmanager

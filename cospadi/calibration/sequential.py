@@ -15,7 +15,25 @@ from cospadi.calibration.layer_order import find_stages
 from cospadi.models import Layer, ModelMap, weight_matrix
 
 ROUTED = "other tokens reach the layer than in the dense model: its own weight is the target"
-UNWEIGHTED = "token weights are not applied to a layer that receives a part of the tokens"
+
+
+@dataclass(frozen=True)
+class WalkedModel:
+    """A model on its way through the calibration batches.
+
+    Attributes
+    ----------
+    module : Module
+        In evaluation mode.
+    call : callable
+        Runs it on one batch, see ``forward_call``.
+    cache : ActivationCache, optional
+        Where its hidden states wait; without it they are in memory.
+    """
+
+    module: nn.Module
+    call: Callable[[Any], Any]
+    cache: ActivationCache | None = None
 
 
 @dataclass(frozen=True)
@@ -43,28 +61,19 @@ class SequentialWalk:
 
     Parameters
     ----------
-    copy : Module
-        The model whose layers are replaced, in evaluation mode; keeps the replaced weights.
-    call : callable
-        Runs the copy on one batch (see ``forward_call``).
+    copy : WalkedModel
+        The model whose layers are replaced; keeps the replaced weights.
     mapped : ModelMap
         Its blocks, and the layers to give; leave out those that stay as they are.
     batches : sequence
-        Arguments of ``call``.
+        Arguments of the models' calls.
     example : object
         A small batch, with which the order of the layers is found; best the one that made ``mapped``.
-    dense, dense_call : Module and callable, optional
+    dense : WalkedModel, optional
         The reference, a model of the same structure that shares no weight of ``mapped`` with the copy; left as it is.
         Without it the walk costs half and no shift is collected.
-    token_weights : sequence of Tensor, optional
-        For each batch a factor per token, in the order of the block's hidden states.
-    drift : bool
-        Collect the Gram of the difference of the inputs, too.
-
     enter : callable, optional
         Loads the weights of a block of the copy, given by name; called before the first step of the block.
-    caches : pair of ActivationCache, optional
-        Where the hidden states of the copy and of the dense model wait.
 
     Attributes
     ----------
@@ -73,7 +82,7 @@ class SequentialWalk:
 
     Examples
     --------
-    >>> with SequentialWalk(copy, call, mapped, batches, example, dense, dense_call) as walk:
+    >>> with SequentialWalk(copy, mapped, batches, example, dense) as walk:
     ...     for step in walk:
     ...         statistics = walk.collect()
     ...         for layer in step.layers:
@@ -82,36 +91,24 @@ class SequentialWalk:
 
     def __init__(
         self,
-        copy: nn.Module,
-        call: Callable[[Any], Any],
+        copy: WalkedModel,
         mapped: ModelMap,
         batches: Sequence[Any],
         example: Any,
-        dense: nn.Module | None = None,
-        dense_call: Callable[[Any], Any] | None = None,
-        token_weights: Sequence[Tensor] | None = None,
-        drift: bool = False,
+        dense: WalkedModel | None = None,
         enter: Callable[[str], None] | None = None,
-        caches: tuple[ActivationCache | None, ActivationCache | None] = (None, None),
     ) -> None:
-        if (dense is None) != (dense_call is None):
-            raise ValueError("a dense model and its call are given together or not at all")
-        if token_weights is not None and len(token_weights) != len(batches):
-            raise ValueError(f"{len(token_weights)} token weights were given for {len(batches)} batches")
         if dense is not None:
-            _check_apart(copy, dense, mapped.layers)
+            _check_apart(copy.module, dense.module, mapped.layers)
         self._blocks = {layer.name: layer.block for layer in mapped.layers}
-        self._weights, self._drift = token_weights, drift and dense is not None
-        stages = find_stages(copy, mapped, lambda: call(example))
+        stages = find_stages(copy.module, mapped, lambda: copy.call(example))
         self.steps = [Step(block, layers) for block, inner in enumerate(stages) for layers in inner]
         # The blocks after the last one of interest need not run.
         names = mapped.blocks[: 1 + max(layer.block for layer in mapped.layers)]
         self._enter = enter
         self._names = names
-        self._copy = BlockPasses(copy, names, call, batches, caches[0])
-        self._dense = None
-        if dense is not None and dense_call is not None:
-            self._dense = BlockPasses(dense, names, dense_call, batches, caches[1])
+        self._copy = BlockPasses(copy.module, names, copy.call, batches, copy.cache)
+        self._dense = None if dense is None else BlockPasses(dense.module, names, dense.call, batches, dense.cache)
         self._n_batches = len(batches)
         self._open = self._begun = self._stale = False
         self._step: Step | None = None
@@ -166,20 +163,16 @@ class SequentialWalk:
         """
         step = self._present()
         widths = {layer.source: layer.in_features for layer in step.layers}
-        result = {name: CrossGram(name, width, self._copy.device, self._drift) for name, width in widths.items()}
+        result = {name: CrossGram(name, width, self._copy.device) for name, width in widths.items()}
         for index in range(self._n_batches):
             n_tokens, received = self._copy.inputs(step.block, index, list(widths))
             reference = {} if self._dense is None else self._dense.inputs(step.block, index, list(widths))[1]
             for name, statistic in result.items():
                 inputs, dense = received.get(name), reference.get(name)
-                weights = None if self._weights is None else self._weights[index]
-                if weights is not None and not _whole(inputs, n_tokens):
-                    weights = None
-                    statistic.remark(UNWEIGHTED)
                 if self._dense is not None and not (_whole(inputs, n_tokens) and _whole(dense, n_tokens)):
                     statistic.give_up(ROUTED)
                 if inputs is not None:
-                    statistic.add(inputs, dense, weights)
+                    statistic.add(inputs, dense)
         return result
 
     def replace(self, name: str, weight: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What calibration keeps of a backward pass: the sensitivity of the loss to errors in each layer's output."""
+"""Statistics of one input and its layers: the Gram, and the sensitivity of the loss to errors in each output."""
 
 import json
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from cospadi.calibration.gram import Gram, fold, unfold
 from cospadi.errors import CheckpointError, NumericalError
 
 _FORMAT = "cospadi source statistics 2"
+_NO_OUTPUT_GRAMS = {"output_grams": False}
+"""A field of the file format that other writers may set."""
 
 
 class OutputSensitivity:
@@ -25,8 +27,6 @@ class OutputSensitivity:
         Layer name, for error texts.
     out_features : int
         Width of the output.
-    full : bool
-        Also keep the Gram of the gradients.
     device : torch.device, optional
         Where the sums are kept.
 
@@ -34,16 +34,13 @@ class OutputSensitivity:
     ----------
     squares : Tensor, shape (out_features,), float64
         The sum of g_j^2.
-    gram : Gram or None
-        The sum of g g^T.
     n_tokens : int
         Tokens that reached the layer; 0 for an expert that was never chosen.
     """
 
-    def __init__(self, name: str, out_features: int, full: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(self, name: str, out_features: int, device: torch.device | str = "cpu") -> None:
         self.name = name
         self.squares = torch.zeros(out_features, dtype=torch.float64, device=device)
-        self.gram = Gram(name, out_features, device) if full else None
         self.n_tokens = 0
 
     def add(self, gradient: Tensor) -> Tensor:
@@ -61,18 +58,14 @@ class OutputSensitivity:
         if not bool(torch.isfinite(columns).all()):
             raise NumericalError(f"{self.name}: the gradient at its output holds NaN, infinity or overflows float32")
         self.squares += columns
-        if self.gram is not None:
-            self.gram.add(rows)
         return squares.sum(1)
 
     def merge(self, other: "OutputSensitivity") -> None:
         """Add the moments of other tokens of the same layer."""
-        if other.squares.shape != self.squares.shape or (other.gram is None) != (self.gram is None):
-            raise ValueError(f"{self.name}: cannot merge sensitivities of another width, or with and without a Gram")
+        if other.squares.shape != self.squares.shape:
+            raise ValueError(f"{self.name}: cannot merge sensitivities of another width")
         self.squares += other.squares.to(self.squares.device)
         self.n_tokens += other.n_tokens
-        if self.gram is not None and other.gram is not None:
-            self.gram.merge(other.gram)
 
 
 class SourceStatistics:
@@ -89,7 +82,7 @@ class SourceStatistics:
         Width of the input.
     out_features : mapping of str to int
         Width of each layer's output.
-    grams, weighted, output_grams : bool
+    grams, weighted : bool
         Which of the optional sums to keep.
     device : torch.device, optional
         Where the sums are kept.
@@ -114,7 +107,6 @@ class SourceStatistics:
         *,
         grams: bool = True,
         weighted: bool = False,
-        output_grams: bool = False,
         device: torch.device | str = "cpu",
         note: str = "",
     ) -> None:
@@ -126,31 +118,11 @@ class SourceStatistics:
         # Not yet divided by the mean weight, which only the end of the run knows; its n_tokens are X's rows.
         self._weighted = Gram(name, in_features, device) if weighted else None
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
-        self.layers = {
-            layer: OutputSensitivity(layer, width, output_grams, device) for layer, width in out_features.items()
-        }
+        self.layers = {layer: OutputSensitivity(layer, width, device) for layer, width in out_features.items()}
 
     def squares(self, layer: str) -> Tensor:
         """Give E[g_j^2] over the run's tokens, shape (out_features,), float64; zeros for a layer without tokens."""
         return self.layers[layer].squares / max(1, self.n_tokens)
-
-    def output_gram(self, layer: str) -> Tensor:
-        """Give E[g g^T] over the run's tokens, shape (out_features, out_features), float64.
-
-        Raises
-        ------
-        ValueError
-            It was not collected.
-        """
-        gram = self.layers[layer].gram
-        if gram is None:
-            raise ValueError(f"{layer}: the Gram of its output gradients was not collected")
-        return gram.matrix / max(1, self.n_tokens)
-
-    @property
-    def has_weighted_gram(self) -> bool:
-        """Whether ``weighted_gram`` was collected."""
-        return self._weighted is not None
 
     def weighted_gram(self) -> Gram:
         """Give ``sum_t w_t x_t x_t^T``, where w_t is the sum of squares of g over all layers' outputs at token t.
@@ -222,7 +194,8 @@ class SourceStatistics:
             key: fold(tensor.cpu()) if key in halves else tensor.cpu().contiguous()
             for key, tensor in self._tensors().items()
         }
-        description, counts = json.dumps(self._description()), json.dumps(self._counts())
+        description = json.dumps(self._description() | _NO_OUTPUT_GRAMS)
+        counts = json.dumps(self._counts())
         save_file(tensors, path, metadata={"format": _FORMAT, "description": description, "counts": counts})
 
     @classmethod
@@ -240,7 +213,10 @@ class SourceStatistics:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-            statistics = cls(**json.loads(metadata["description"]))
+            description = json.loads(metadata["description"])
+            if description.pop("output_grams"):
+                raise ValueError("Grams of output gradients, which this version does not keep")
+            statistics = cls(**description)
             for key, gram in statistics._grams().items():
                 tensors[key] = unfold(tensors[key], len(gram.matrix))
             statistics._restore(tensors, json.loads(metadata["counts"]))
@@ -256,14 +232,12 @@ class SourceStatistics:
             "out_features": {layer: own.squares.shape[0] for layer, own in self.layers.items()},
             "grams": self.gram is not None,
             "weighted": self._weighted is not None,
-            "output_grams": any(own.gram is not None for own in self.layers.values()),
             "note": self.note,
         }
 
     def _grams(self) -> dict[str, Gram]:
         """Give all Grams that are kept, by their names in a file."""
         kept = {"gram": self.gram, "weighted": self._weighted}
-        kept.update({f"gram/{layer}": own.gram for layer, own in self.layers.items()})
         return {key: gram for key, gram in kept.items() if gram is not None}
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How much of the host's memory a streamed evaluation takes, and how much of that the hidden states may have."""
+"""The host memory that a streamed evaluation takes, and the share of it that hidden states may take."""
 
 import re
 
@@ -10,18 +10,18 @@ from cospadi.evaluation.streaming import StreamedModel
 from cospadi.models import BATCH, LIBRARIES, gib, loading_bytes, outside_bytes, resident_bytes, trim_heap
 
 LOGITS_BYTES = 2**27
-"""Of the logits of one batch, as far as a batch has more than one window."""
+"""Most bytes of the logits of a batch of several windows."""
 _CHUNKS = 2**26
-"""What the NLL takes beside the logits."""
+"""Bytes that the NLL takes beside the logits."""
 
 
-def batch_size(vocabulary: int, window: int, most: int = 4) -> int:
-    """Give the windows per batch: fewer where the vocabulary makes their logits large."""
+def windows_per_batch(vocabulary: int, window: int, most: int = 4) -> int:
+    """Give the windows per batch, at most ``most``: fewer if the vocabulary makes their logits large."""
     return max(1, min(most, LOGITS_BYTES // (4 * window * vocabulary)))
 
 
 def activation_budget(source: StreamedModel, windows: Tensor, size: int, limit: int) -> int | None:
-    """Give the bytes of hidden states that may wait in memory; None sets no limit, as on a GPU.
+    """Give the bytes of hidden states that may be kept in memory; None, as on a GPU, for no limit.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def activation_budget(source: StreamedModel, windows: Tensor, size: int, limit: 
     Raises
     ------
     UsageError
-        The limit is too low for what cannot be divided; tells the least that is enough.
+        The limit is too low; the text gives the least that is enough.
     """
     if source.device.type != "cpu":
         return None
@@ -54,13 +54,13 @@ def activation_budget(source: StreamedModel, windows: Tensor, size: int, limit: 
         raise UsageError(
             f"max_memory {gib(limit)} is too little for the evaluation, which needs at least {gib(least)} "
             f"({gib(baseline)} for the libraries, {gib(walking)} for a block and a batch in it, {gib(head)} for "
-            f"the head and its logits): allow that much, or take shorter windows"
+            f"the head and its logits): allow that much, or use shorter windows"
         )
     return min(windows.numel() * hidden, limit - baseline - max(walking, head))
 
 
 def _block_bytes(block: nn.Module) -> int:
-    """Give what a block takes while it runs: its tensors, one of them as it is stored, what backends make of them."""
+    """Give the bytes of a block while it runs: its tensors, one of them as stored, and what backends prepare."""
     tensors = [tensor.nbytes for tensor in (*block.parameters(), *block.buffers())]
     prepared = borrowed = 0
     owners: dict[int, SparseLinear] = {}
@@ -77,7 +77,7 @@ def _block_bytes(block: nn.Module) -> int:
 
 
 def _widths(block: nn.Module, config: object) -> int:
-    """Sum the inputs and outputs of a block's layers for one token, each expert that it is sent to included."""
+    """Sum the input and output widths of a block's layers for one token, over all experts that are active for it."""
     chosen = int(getattr(config, "num_experts_per_tok", None) or 1)
     widths: dict[str, int] = {}
     for name, module in block.named_modules():

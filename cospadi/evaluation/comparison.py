@@ -1,13 +1,13 @@
-"""The dense and the compressed model measured in the same way, side by side."""
+"""What is measured of each model, what was found, and the dense and the compressed model side by side."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from cospadi.evaluation.multiple_choice import Question
-from cospadi.evaluation.perplexity import DEFINITION
+from cospadi.evaluation.likelihood import DEFINITION, Perplexity
+from cospadi.evaluation.multiple_choice import ChoicesResult, Question
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,57 @@ class Protocol:
         return self.windows.split(self.batch_size)
 
 
-def compare(baseline: dict[str, Any] | None, compressed: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
-    """Join two measurements for ``report["evaluation"]``.
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one model.
 
-    Parameters
+    Attributes
     ----------
-    baseline : dict or None
-        What ``measure_folders`` found of the dense model.
-    compressed : dict
-        The same of the compressed model.
-    protocol : Protocol
-        What both were measured with.
-
-    Returns
-    -------
-    dict
-        Both, with ``perplexity_ratio`` = compressed / baseline of the token perplexity.
+    perplexity : Perplexity
+    choices : ChoicesResult or None
+        None if the protocol has no questions.
+    sample : str or None
+        Continuation of the protocol's prompt; None if there is no prompt, or if ``note`` gives a reason.
+    note : str or None
+        Why there is no sample.
+    dtype : str
+        Precision in which the model ran.
     """
-    ratio = None
-    if baseline is not None:
+
+    perplexity: Perplexity
+    choices: ChoicesResult | None
+    sample: str | None
+    note: str | None
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON values."""
+        return asdict(self) | {"perplexity": self.perplexity.to_dict()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The measurements of a compressed and, where there is one, of a dense model by the same protocol."""
+
+    protocol: Protocol
+    baseline: Measurement | None
+    compressed: Measurement
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """Give the token perplexity of the compressed model / that of the baseline; None without a baseline."""
+        if self.baseline is None:
+            return None
         # Through the likelihoods: they stay finite where a perplexity does not.
-        ratio = math.exp(min(700.0, compressed["perplexity"]["mean_nll"] - baseline["perplexity"]["mean_nll"]))
-    return {
-        "text": protocol.text,
-        "definition": DEFINITION,
-        "prompt": protocol.prompt,
-        "baseline": baseline,
-        "compressed": compressed,
-        "perplexity_ratio": ratio,
-    }
+        return math.exp(min(700.0, self.compressed.perplexity.mean_nll - self.baseline.perplexity.mean_nll))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON values, as for ``report["evaluation"]``."""
+        return {
+            "text": self.protocol.text,
+            "definition": DEFINITION,
+            "prompt": self.protocol.prompt,
+            "baseline": None if self.baseline is None else self.baseline.to_dict(),
+            "compressed": self.compressed.to_dict(),
+            "perplexity_ratio": self.perplexity_ratio,
+        }

@@ -1,4 +1,4 @@
-"""What a model writes: a deterministic sample, to look at next to the numbers."""
+"""A deterministic sample of a model's text, to read beside the numbers."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 40) 
     Parameters
     ----------
     model : transformers causal language model
-        Used as it is.
+        Not changed.
     tokenizer : transformers tokenizer
         Of the model.
     prompt : str
@@ -42,7 +42,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 40) 
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        # Greedy, whatever the model's generation config says of sampling.
+        # Greedy, whatever the model's generation config says about sampling.
         do_sample=False,
         num_beams=1,
         temperature=None,

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from cospadi.arrays import torch_device
+from cospadi.arrays import dtype_name, torch_device
 from cospadi.calibration import ActivationCache
 from cospadi.errors import UsageError
 from cospadi.evaluation.activation_budget import activation_budget
-from cospadi.evaluation.comparison import Protocol
+from cospadi.evaluation.comparison import Measurement, Protocol
 from cospadi.evaluation.generation import generate
-from cospadi.evaluation.multiple_choice import score_choices
-from cospadi.evaluation.perplexity import batch_nlls, check_windows, summarize
+from cospadi.evaluation.likelihood import batch_nlls, check_windows, summarize
+from cospadi.evaluation.multiple_choice import ChoicesResult, score_choices
 from cospadi.evaluation.streaming import open_streamed
 from cospadi.executors import Task, make_executor
 from cospadi.formats import QUANT_METHOD
@@ -24,7 +24,7 @@ from cospadi.integrations import load
 from cospadi.models import keep_small_heap, model_class, open_model, read_config, read_tokenizer
 from cospadi.recipe import Execution
 
-NO_SAMPLE = "no sample was written: within a limit on memory the whole model would be read for every token of it"
+NO_SAMPLE = "no sample was written: with max_memory the whole model would be read from disk for every token"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +53,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Found:
-    """What came of a part."""
+    """What was measured of a part."""
 
     nlls: list[float]
     dtype: str
-    choices: dict[str, Any] | None = None
+    choices: ChoicesResult | None = None
     sample: str | None = None
 
 
@@ -68,11 +68,11 @@ def measure_folders(
     device: str = "auto",
     execution: Execution | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
+) -> list[Measurement]:
     """Measure causal language models.
 
-    Who computes what does not change the result: the NLL of every batch is added up in the order of the text.  Without
-    several workers one model is in memory at a time.
+    The result does not depend on the number of workers, since the NLLs of the batches are added up in the order of the
+    text.  A single worker has one model in memory at a time.
 
     Parameters
     ----------
@@ -86,14 +86,13 @@ def measure_folders(
     execution : Execution, optional
         With ``max_memory`` no more than one block of a model is in memory, and there is no sample.
     progress : callable (done, total)
-        Is told how many batches are done, by all models together; a part of one where a model is read block by block.
+        Receives the batches that are done and their number, over all models; done is a fraction where a model is read
+        block by block.
 
     Returns
     -------
-    list of dict
-        For each model ``perplexity`` (the fields of ``Perplexity``), ``choices`` and ``sample`` (None where the
-        protocol has none), ``note`` (why there is no sample, or None) and ``dtype``, the precision it ran in.  Plain
-        JSON values.
+    list of Measurement
+        One per path.
 
     Raises
     ------
@@ -127,7 +126,7 @@ def measure_folders(
             Task(
                 f"evaluation of {part.path}, from window {part.first}",
                 float(len(part.protocol.windows)),
-                # Only what runs in this process can tell of itself.
+                # Only a task in this process can report its progress.
                 partial(_measure, part, partial(told, index) if here else None),
             )
             for index, part in enumerate(parts)
@@ -141,13 +140,13 @@ def measure_folders(
         mine = [found[part] for part in of_model]
         nlls = [nll for one in mine for nll in one.nlls]
         measured.append(
-            {
-                "perplexity": summarize(nlls, protocol.windows, read_tokenizer(path)).to_dict(),
-                "choices": mine[0].choices,
-                "sample": mine[0].sample,
-                "note": NO_SAMPLE if limited and protocol.prompt else None,
-                "dtype": mine[0].dtype,
-            }
+            Measurement(
+                perplexity=summarize(nlls, protocol.windows, read_tokenizer(path)),
+                choices=mine[0].choices,
+                sample=mine[0].sample,
+                note=NO_SAMPLE if limited and protocol.prompt else None,
+                dtype=mine[0].dtype,
+            )
         )
     return measured
 
@@ -179,7 +178,7 @@ def load_model(path: str | Path, backend: str = "auto", device: str = "auto", ch
 
 
 def _parts(path: str, protocol: Protocol, backend: str, max_memory: int | None, n_parts: int) -> list[_Part]:
-    """Divide the batches for so many workers, or fewer where there are not enough."""
+    """Divide the batches among workers; there are fewer parts than workers if there are fewer batches."""
     size, count = protocol.batch_size, len(protocol.batches)
     n_parts = min(n_parts, count)
     starts = [size * (count * index // n_parts) for index in range(n_parts)]
@@ -192,11 +191,11 @@ def _parts(path: str, protocol: Protocol, backend: str, max_memory: int | None, 
 
 
 def _measure(part: _Part, progress: Callable[[float], None] | None, device: str, inputs: None) -> _Found:
-    """Measure a part, wherever this runs."""
+    """Measure a part, in this process or in a worker."""
     protocol, nlls = part.protocol, list[float]()
     tell = progress or (lambda share: None)
     _causal_config(part.path)
-    checksums = part.first == 0  # one look at the files is enough for all parts
+    checksums = part.first == 0  # once for all parts of a model
     if part.max_memory is not None:
         keep_small_heap()
         source = open_streamed(part.path, part.backend, torch.device(device), checksums)
@@ -206,7 +205,7 @@ def _measure(part: _Part, progress: Callable[[float], None] | None, device: str,
             ActivationCache(limit, Path(scratch) / "activations") as cache,
         ):
             nlls += source.batch_nlls(protocol.windows, protocol.batch_size, part.first, cache, tell)
-        return _Found(nlls, _name(source.model.dtype))
+        return _Found(nlls, dtype_name(source.model.dtype))
     model = load_model(part.path, part.backend, device, checksums)
     for nll in batch_nlls(model, protocol.windows, protocol.batch_size, part.first):
         nlls.append(nll)
@@ -214,8 +213,8 @@ def _measure(part: _Part, progress: Callable[[float], None] | None, device: str,
     tokenizer = read_tokenizer(part.path)
     return _Found(
         nlls,
-        _name(model.dtype),
-        score_choices(model, tokenizer, protocol.questions).to_dict() if protocol.questions else None,
+        dtype_name(model.dtype),
+        score_choices(model, tokenizer, protocol.questions) if protocol.questions else None,
         generate(model, tokenizer, protocol.prompt) if protocol.prompt else None,
     )
 
@@ -239,7 +238,3 @@ def _causal_config(path: str | Path) -> Any:
     if not model_class(config).can_generate():
         raise UsageError(f"{path} is not a causal language model: perplexity and generation need one")
     return config
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

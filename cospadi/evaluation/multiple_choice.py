@@ -1,7 +1,7 @@
-"""Zero-shot multiple choice: which continuation of a prompt does the model find most likely?"""
+"""Zero-shot multiple choice: the continuation of a prompt that a model finds most likely."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cospadi.errors import NumericalError, UsageError
-from cospadi.evaluation.perplexity import token_nll
+from cospadi.evaluation.likelihood import token_nll
 
 EMBEDDED = "embedded"
 """Names the small sample that the package carries."""
@@ -45,10 +45,6 @@ class ChoicesResult:
     accuracy: float
     accuracy_normalized: float
     chance: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON values."""
-        return asdict(self)
 
 
 def read_questions(source: str | Path) -> list[Question]:
@@ -107,7 +103,7 @@ def score_choices(model: Any, tokenizer: Any, questions: list[Question]) -> Choi
     Parameters
     ----------
     model : transformers causal language model
-        Used as it is.
+        Not changed.
     tokenizer : transformers tokenizer
         Of the model; it adds a leading special token if it does so by default.
     questions : list of Question

@@ -1,4 +1,4 @@
-"""The log-likelihoods of a text by a model, dense or compressed, of which one block is in memory at a time."""
+"""The log-likelihoods of a text by a model, dense or compressed, with one block in memory at a time."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cospadi.backends import sparse_modules
 from cospadi.calibration import ActivationCache, Lockstep, forward_call
-from cospadi.evaluation.perplexity import batch_nll
+from cospadi.evaluation.likelihood import batch_nll
 from cospadi.formats import verify_checkpoint
 from cospadi.integrations import CospadiConfig, CospadiQuantizer, require_checkpoint
 from cospadi.models import FolderWeights, Residency, Weights, find_blocks, make_skeleton, open_model, read_config
@@ -20,20 +20,20 @@ from cospadi.models import FolderWeights, Residency, Weights, find_blocks, make_
 
 @dataclass(frozen=True)
 class StreamedModel:
-    """A causal language model whose weights come and go with its blocks.
+    """A causal language model whose weights are in memory for one block at a time.
 
     Attributes
     ----------
     model : PreTrainedModel
-        On the meta device, in the dtypes in which it is to run.
+        On the meta device, in the dtypes of the computation.
     weights : Weights
-        Where its tensors are read.
+        Reads its tensors.
     device : torch.device
         Where it runs.
     blocks : tuple of str
         In the order in which they run.
     borrowed : dict of str to tuple of str
-        By block the dictionaries that it needs of layers in other blocks.
+        By block, the stored names of the dictionaries that its layers share with layers of other blocks.
     """
 
     model: Any
@@ -51,7 +51,7 @@ class StreamedModel:
         cache: ActivationCache | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> list[float]:
-        """Give the summed NLL of each batch; bit for bit what ``perplexity.batch_nlls`` gives of the whole model.
+        """Give the summed NLL of each batch; bit for bit that of ``likelihood.batch_nlls`` for the whole model.
 
         Parameters
         ----------
@@ -60,9 +60,9 @@ class StreamedModel:
         first : int
             Number of the first window, for error texts.
         cache : ActivationCache, optional
-            Where hidden states wait between the blocks.
+            Keeps the hidden states between the blocks.
         progress : callable (share)
-            Is told how much is done, 1 at the end, after each block and after the head.
+            Receives the fraction that is done, after each block and after the head.
         """
         batches, nlls = windows.split(batch_size), list[float]()
 
@@ -74,11 +74,11 @@ class StreamedModel:
         call = forward_call(self.model, self.device)
         with residency.attached(), Lockstep(blocks, call, batches, cache) as walk:
             for done, (name, block) in enumerate(zip(self.blocks, blocks, strict=True), start=1):
-                residency.enter(name)  # now: it drops what another block has, also what is borrowed of it
+                residency.enter(name)  # before borrowing: it drops the tensors of all other blocks
                 with self._borrowing(name):
                     walk.advance()
                 for layer in sparse_modules(block).values():
-                    layer.forget()  # what the backend made of its tensors
+                    layer.forget()  # drops what the backend prepared
                 progress(done / (len(blocks) + 1))
             walk.finish(take)
         progress(1.0)
@@ -86,7 +86,7 @@ class StreamedModel:
 
     @contextmanager
     def _borrowing(self, block: str) -> Iterator[None]:
-        """Have the dictionaries in memory that layers of a block share with layers of other blocks."""
+        """Keep in memory the dictionaries that layers of a block share with layers of other blocks."""
         empty: list[tuple[nn.Module, str, Tensor]] = []
         try:
             for name, tensor in self.weights.read(self.borrowed.get(block, ())).items():
@@ -112,7 +112,7 @@ def open_streamed(path: str | Path, backend: str, device: torch.device, checksum
     backend : str
         Registry name of the runtime of compressed layers.
     device : torch.device
-        Where to run; on a CPU everything but the factors is float32.
+        Of the computation; on a CPU everything but the factors is float32.
     checksums : bool
         Compare a compressed checkpoint's files with its SHA256SUMS.
 

@@ -89,6 +89,6 @@ class Executor(abc.ABC):
 
 
 def perform(task: Task, device: str, threads: int, read: Callable[[], Any]) -> Any:
-    """Give the result of a task, run in this process with so many threads on what ``read`` gives."""
+    """Give the result of a task, run in this process with ``threads`` threads on what ``read`` gives."""
     with limited_threads(threads):
         return task.run(device, read())

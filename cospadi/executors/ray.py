@@ -53,7 +53,7 @@ class RayExecutor(ParallelExecutor):
     Raises
     ------
     UsageError
-        The device is not for Ray, another cluster is joined already, or no node has so many CPUs.
+        The device is not for Ray, another cluster is joined already, or no node has enough CPUs.
     UnavailableError
         Ray is not installed, the cluster is out of reach, or it has no GPU.
     """

@@ -98,7 +98,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_left_overs(folder: Path, older_than: float = 0.0) -> None:
-    """Delete temporary files that interrupted writes left in a folder and below it, if older than so many seconds."""
+    """Delete temporary files that interrupted writes left in a folder and below it, older than ``older_than`` s."""
     now = time.time()
     for path in folder.rglob(".*.tmp"):
         # Another run that shares the folder may have finished its file, or deleted it, just now.

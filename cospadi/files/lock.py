@@ -15,7 +15,7 @@ from cospadi.errors import UsageError
 from cospadi.files.durable import storing
 
 _PATIENCE = 0.5
-"""Seconds: whoever only looks whether there is a holder holds the lock for an instant."""
+"""Seconds to wait: a process that only looks whether there is a holder takes the lock for an instant."""
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 if sys.platform == "win32":

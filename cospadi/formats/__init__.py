@@ -1,4 +1,4 @@
-"""How factorisations are stored; the contract is docs/format.md."""
+"""How factorisations are stored: bits and tensors, the checkpoint folder and its checked reader (docs/format.md)."""
 
 import lazy_loader
 

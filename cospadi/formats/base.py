@@ -1,4 +1,4 @@
-"""What a storage format of the coefficients takes and gives.
+"""The contract of a storage format of the coefficients.
 
 A format alone knows its bits: allocation asks it for the price of a factorisation, the checkpoint asks it for the
 names, shapes and dtypes of its tensors.  Written byte by byte in docs/format.md.

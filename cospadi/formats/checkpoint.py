@@ -221,7 +221,7 @@ class ShardWriter:
         self._total += size
 
     def close(self) -> list[str]:
-        """Write what is left, give the files their names and write the index; return the file names."""
+        """Write the waiting tensors, give the files their names and write the index; return the file names."""
         if self._pending or not self._shards:
             self._flush()
         count = len(self._shards)

@@ -147,7 +147,7 @@ class GroupSpec:
     dictionary_dtype : str
         ``bfloat16``, ``float16``, ``float32``, ``int8``, one such as ``int4g64``, or ``none`` for the identity.
     shared_input : bool
-        Whether the members receive the very same input tensor, so that x D is computed once for all.
+        Whether the members receive the same input tensor, so that x D is computed once for all.
     side : {"input", "output"}
         Which side of the weight the dictionary is on, see ``SparseFactorization``; ``output`` has one member only.
     """

@@ -39,7 +39,7 @@ def pack_group(
     biases : mapping of str to Tensor, shape (out_features,)
         By member, for those that have one; stored in their own dtype.
     shared_input : bool
-        Whether the members receive the very same input tensor.
+        Whether the members receive the same input tensor.
     dictionary_dtype : str, optional
         One of ``DICTIONARY_DTYPES``; that of ``dictionary_dtype_of`` if not given.
 

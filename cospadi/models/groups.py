@@ -37,7 +37,7 @@ class Group:
 
     @property
     def shared_input(self) -> bool:
-        """Whether all members receive the very same tensor (true of a group of one)."""
+        """Whether all members receive the same tensor (true of a group of one)."""
         return len({layer.source for layer in self.layers}) == 1
 
     @property

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.allocation import Choice, Factors, Method, Quantized
+from cospadi.allocation import Choice, Factors, GroupPlan, Method, Quantized
 from cospadi.arrays import convert
 from cospadi.errors import NumericalError
 from cospadi.formats import GRIDS, SparseFactorization, dequantize, grid_of, pack_group, unpack_group
 from cospadi.models import Group
 from cospadi.pipeline.records import GroupRecord
+from cospadi.reporting import GroupRow, MemberRow
 from cospadi.solvers import HTP, SharedHTP, SharedProblem, Status, sparsify
-from cospadi.solvers.rounding import quantize_dense, round_factors
+from cospadi.solvers.rounding import RoundedRows, quantize_dense, round_factors
 from cospadi.whitening import Objective, output_errors, whitening_from_gram
 
 
@@ -28,22 +29,18 @@ class Approximation:
 
 
 def factorize_group(
-    group: Group,
-    choice: Choice,
+    plan: GroupPlan,
     objective: Objective,
     plain_grams: Mapping[str, Tensor],
     biases: Mapping[str, Tensor],
     method: Method,
-    predicted: float | None = None,
 ) -> GroupRecord:
     """Approximate and pack one group of layers.
 
     Parameters
     ----------
-    group : Group
-        The layers; one alone when it is quantised.
-    choice : Choice
-        How to store it; not dense.
+    plan : GroupPlan
+        The layers and how to store them; one layer alone when it is quantised.
     objective : Objective
         Its weights and metrics.
     plain_grams : mapping of str to Tensor, shape (in_features, in_features)
@@ -52,8 +49,6 @@ def factorize_group(
         By member, for those that have one.
     method : Method
         Solver, format, seed.
-    predicted : float, optional
-        The loss increase that the allocation reckoned with.
 
     Returns
     -------
@@ -66,6 +61,7 @@ def factorize_group(
     NumericalError
         NaN or infinity; the text names the layer.
     """
+    group, choice = plan.group, plan.choice
     if isinstance(choice, Factors):
         found = rounded(choice, approximate(choice, objective, group, method), objective)
         objective.release()
@@ -77,15 +73,13 @@ def factorize_group(
             group.shared_input,
             choice.dictionary_dtype,
         )
-        sizes: dict[str, Any] = {"n_atoms": choice.n_atoms, "n_nonzero": choice.n_nonzero, "side": choice.side}
     else:
         found = _quantize(choice, objective, group)
         (dtype,) = choice.dtypes
         spec, tensors = pack_group(found.factorization, "identity", "none", biases, True, dtype)
-        sizes = {"n_atoms": None, "n_nonzero": None, "side": None}
     stored = unpack_group(spec, tensors)
     approximations = {layer.name: stored.to_dense(layer.name) for layer in group.layers}
-    members: list[dict[str, Any]] = []
+    members: list[MemberRow] = []
     lost = norm = 0.0
     parts = objective.weight.split(objective.widths, dim=1)
     for layer, weight in zip(group.layers, parts, strict=True):
@@ -102,12 +96,15 @@ def factorize_group(
                 "bytes": size_bytes - bias_bytes,
             }
         )
-    row = {
+    factors = choice if isinstance(choice, Factors) else None
+    row: GroupRow = {
         "name": group.name,
         "kind": choice.kind,
         "members": members,
         "in_features": group.in_features,
-        **sizes,
+        "n_atoms": factors.n_atoms if factors else None,
+        "n_nonzero": factors.n_nonzero if factors else None,
+        "side": factors.side if factors else None,
         "value_dtype": choice.value_dtype if isinstance(choice, Factors) else choice.dtypes[0],
         "dictionary_dtype": spec.dictionary_dtype,
         "solver": {"factors": method.solver_name, "sparse": "sparse-weight", "quantized": "gptq"}[choice.kind],
@@ -116,7 +113,7 @@ def factorize_group(
         "damping": objective.whitening.damping,
         "note": objective.whitening.note,
         "relative_error": (lost / norm) ** 0.5 if norm > 0 else 0.0,
-        "predicted_loss_increase": predicted,
+        "predicted_loss_increase": plan.predicted,
         "loss_increase": objective.loss_increase(
             torch.cat([approximations[layer.name] for layer in group.layers], dim=1)
         ),
@@ -221,22 +218,25 @@ def rounded(choice: Factors, found: Approximation, objective: Objective) -> Appr
     on_grids = grid_of(choice.value_dtype) or grid_of(choice.dictionary_dtype)
     if not on_grids or choice.side == "output" or choice.dictionary_dtype == "none":
         return found
+    device = objective.weight.device
+    # The loops of the rounding are compiled for the CPU.
     stored = round_factors(
-        objective.whitening.factor,
-        objective.target,
-        free.dictionary,
-        torch.cat(list(free.coefficients.values()), dim=1),
+        objective.whitening.factor.cpu(),
+        objective.target.cpu(),
+        free.dictionary.cpu(),
+        torch.cat(list(free.coefficients.values()), dim=1).cpu(),
         choice.dictionary_dtype,
         choice.value_dtype,
-        column_weights=objective.scales.square(),
+        column_weights=objective.scales.square().cpu(),
     )
     widths = [part.shape[1] for part in free.coefficients.values()]
-    parts = stored.to_coefficients().split(widths, dim=1)
+    parts = stored.to_coefficients().to(device).split(widths, dim=1)
     scales = None
     if stored.coefficient_scales is not None:
-        scales = dict(zip(free.coefficients, stored.coefficient_scales.split(widths), strict=True))
+        scales = dict(zip(free.coefficients, stored.coefficient_scales.to(device).split(widths), strict=True))
+    dictionary_scales = None if stored.dictionary_scales is None else stored.dictionary_scales.to(device)
     factorization = SparseFactorization(
-        stored.to_dictionary(), dict(zip(free.coefficients, parts, strict=True)), stored.dictionary_scales, scales
+        stored.to_dictionary().to(device), dict(zip(free.coefficients, parts, strict=True)), dictionary_scales, scales
     )
     return Approximation(factorization, found.status, found.statistics | {"rounding": stored.statistics["rounding"]})
 
@@ -244,13 +244,18 @@ def rounded(choice: Factors, found: Approximation, objective: Objective) -> Appr
 def _quantize(choice: Quantized, objective: Objective, group: Group) -> Approximation:
     (layer,) = group.layers
     objective.release()
-    rounded = quantize_dense(objective.weight.T, objective.metric, choice.dtypes[0])
-    weight = dequantize(rounded.values, rounded.scales, GRIDS[choice.dtypes[0]]).T
-    factorization = SparseFactorization.of_weight(layer.name, weight, rounded.scales)
-    return Approximation(factorization, "closed form: nothing to iterate", dict(rounded.statistics))
+    rows, weight = rounded_weight(objective, choice.dtypes[0])
+    factorization = SparseFactorization.of_weight(layer.name, weight, rows.scales.to(weight.device))
+    return Approximation(factorization, "closed form: nothing to iterate", dict(rows.statistics))
 
 
-def _paper_bytes(choice: Choice, group: Group, n_stored: int, members: list[dict[str, Any]]) -> int:
+def rounded_weight(objective: Objective, dtype: str) -> tuple[RoundedRows, Tensor]:
+    """Round the weight itself, on the CPU; give its rows on the grid, and what they stand for where the weight is."""
+    rows = quantize_dense(objective.weight.T.cpu(), objective.metric.cpu(), dtype)
+    return rows, dequantize(rows.values, rows.scales, GRIDS[dtype]).T.to(objective.weight.device)
+
+
+def _paper_bytes(choice: Choice, group: Group, n_stored: int, members: list[MemberRow]) -> int:
     """Count by the paper's convention: 16 bits for each number of the factors, no mask."""
     if isinstance(choice, Quantized):
         return sum(int(member["bytes"]) for member in members)

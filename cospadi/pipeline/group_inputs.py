@@ -1,4 +1,4 @@
-"""What solving a group needs, and how it reaches whoever solves it."""
+"""What solving a group needs, and how it reaches the process that solves it."""
 
 import copy
 import json
@@ -87,6 +87,13 @@ def read_inputs(source: OpenModel, statistics: Mapping[str, SourceStatistics], g
         {layer.name: source.bias(layer.name) for layer in group.layers if layer.bias},
         {layer.source: statistics[layer.source] for layer in group.layers},
     )
+
+
+def reader_of(source: OpenModel, measurements: Measurements, *, shared: bool) -> Reader:
+    """Give what reads the inputs of groups: of this process's model, or in workers."""
+    if shared:
+        return SharedFolders.of(source, measurements).reader
+    return lambda group: partial(read_inputs, source, measurements, group)
 
 
 @dataclass(frozen=True)

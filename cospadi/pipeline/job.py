@@ -1,19 +1,43 @@
-"""What a run works on."""
+"""What a run works on, and where."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cospadi.allocation import Method
 from cospadi.events import Listener
 from cospadi.executors import Executor
-from cospadi.models import Group, ModelMap, OpenModel
 from cospadi.pipeline.group_inputs import Reader
+from cospadi.pipeline.mapped_model import MappedModel
 from cospadi.pipeline.memory_plan import Budget
 from cospadi.pipeline.statistics_store import Measurements
 from cospadi.recipe import CompressionConfig
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a run works and within what.
+
+    Attributes
+    ----------
+    executor : Executor
+        Runs tasks that depend on no other.
+    reader : callable
+        Gives for a group the function that reads its inputs, wherever it runs.
+    budget : Budget
+        Of memory.
+    scratch : Path
+        Folder of this run alone, for what need not last.
+    shared_storage : bool
+        Whether workers see the folders of this machine.
+    """
+
+    executor: Executor
+    reader: Reader
+    budget: Budget
+    scratch: Path
+    shared_storage: bool = True
 
 
 @dataclass(frozen=True)
@@ -23,62 +47,30 @@ class Job:
     Attributes
     ----------
     config : CompressionConfig
+        The recipe.
     method : Method
-        Solver, format and seed; ``reason`` says why this solver.
+        Solver, format and seed.
     reason : str
-    source : OpenModel
-        The dense model.
-    map : ModelMap
-    groups : tuple of Group
-    windows : Tensor, shape (n_windows, seq_len), int64
-        Calibration tokens.
+        Why this solver.
+    model : MappedModel
+        The dense model, its groups and the calibration windows.
     measurements : Measurements
-        What calibration and profiling found.
-    executor : Executor
-        Runs what can run side by side.
-    reader : callable
-        Gives for a group what reads its inputs.
-    budget : Budget
-        Of memory.
-    scratch : Path
-        Folder of this run alone, for what need not last.
+        What calibration and profiling found, kept in a folder.
+    place : Workplace
+        Where the work is done.
     tell : callable
         Is told of events.
-    shared_storage : bool
-        Whether workers see the folders of this machine.
     """
 
     config: CompressionConfig
     method: Method
     reason: str
-    source: OpenModel
-    map: ModelMap
-    groups: tuple[Group, ...]
-    windows: Tensor
+    model: MappedModel
     measurements: Measurements
-    executor: Executor
-    reader: Reader
-    budget: Budget
-    scratch: Path
+    place: Workplace
     tell: Listener
-    shared_storage: bool = True
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        return self.source.device
-
-    @property
-    def sensitive(self) -> bool:
-        """Whether the recipe needs sensitivities."""
-        return is_sensitive(self.config)
-
-
-def is_sensitive(config: CompressionConfig) -> bool:
-    """Tell whether a recipe needs sensitivities."""
-    return config.column_weights or config.token_weights or cost_is_sensitivity(config)
-
-
-def cost_is_sensitivity(config: CompressionConfig) -> bool:
-    """Tell whether the allocation adds up the loss's gain."""
-    return config.allocation != "uniform" and config.cost == "sensitivity"
+        return self.model.source.device

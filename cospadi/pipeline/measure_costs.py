@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,80 +20,103 @@ from cospadi.allocation import (
 from cospadi.errors import CheckpointError
 from cospadi.events import Corrected, Profiled
 from cospadi.executors import Task
-from cospadi.formats import GRIDS, dequantize, pack_group, unpack_group
+from cospadi.formats import pack_group, unpack_group
 from cospadi.models import Group
-from cospadi.pipeline import workload as costs
-from cospadi.pipeline.approximate import Approximation, approximate, rounded
+from cospadi.pipeline import workload
+from cospadi.pipeline.approximate import Approximation, approximate, rounded, rounded_weight
 from cospadi.pipeline.group_inputs import GroupInputs
-from cospadi.pipeline.job import Job, cost_is_sensitivity
+from cospadi.pipeline.job import Job
 from cospadi.recipe import CompressionConfig
 from cospadi.solvers import HTP
-from cospadi.solvers.rounding import quantize_dense
 from cospadi.whitening import Objective
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How every group is profiled and every sample solved.
+
+    Attributes
+    ----------
+    config : CompressionConfig
+        The recipe.
+    families : Families
+        What the recipe lets groups become.
+    method : Method
+        Solver, format and seed.
+    """
+
+    config: CompressionConfig
+    families: Families
+    method: Method
+
+    @property
+    def spectrum(self) -> bool:
+        """Whether the allocation needs the singular values."""
+        return self.config.allocation == "pooled-spectrum"
+
+    def objective(self, group: Group, inputs: GroupInputs, device: str) -> Objective:
+        """Give what approximations of the group are judged by."""
+        return inputs.to(device).objective(self.config, group, self.config.cost_is_sensitivity)
 
 
 def profile_groups(job: Job, families: Families) -> list[GroupProfile]:
     """Profile all groups, as far as earlier runs with the same weighting have not."""
-    config, facts = job.config, _weighting(job.config)
-    spectrum = config.allocation == "pooled-spectrum"
+    trial, groups, facts = Trial(job.config, families, job.method), job.model.groups, _weighting(job.config)
     profiles: dict[int, GroupProfile] = {}
     known: dict[int, GroupProfile | None] = {}
-    work = [costs.profiling(group.in_features, group.out_features, families, spectrum) for group in job.groups]
-    for index, group in enumerate(job.groups):
+    work = [workload.profiling(g.in_features, g.out_features, families, trial.spectrum) for g in groups]
+
+    def tell(resumed: bool = False) -> None:
+        job.tell(Profiled(len(profiles), len(groups), resumed, work_done=_at(work, profiles), work_total=sum(work)))
+
+    for index, group in enumerate(groups):
         found = known[index] = _kept(job, _name(group), facts, GroupProfile.from_json)
-        if found is not None and is_complete(found, families, spectrum):
+        if found is not None and is_complete(found, families, trial.spectrum):
             profiles[index] = found
-            job.tell(
-                Profiled(len(profiles), len(job.groups), True, work_done=_at(work, profiles), work_total=sum(work))
-            )
-    pending = [index for index in range(len(job.groups)) if index not in profiles]
+            tell(resumed=True)
+    pending = [index for index in range(len(groups)) if index not in profiles]
     if pending:
-        job.tell(Profiled(len(profiles), len(job.groups), work_done=_at(work, profiles), work_total=sum(work)))
-    tasks = [
-        Task(
-            job.groups[index].name,
-            work[index],
-            partial(_profile, config, cost_is_sensitivity(config), job.groups[index], families, spectrum, known[index]),
-            job.reader(job.groups[index]),
-        )
-        for index in pending
-    ]
-    for number, profile in job.executor.run(tasks):
+        tell()
+    tasks = []
+    for index in pending:
+        run = partial(_profile, trial, groups[index], known[index])
+        tasks.append(Task(groups[index].name, work[index], run, job.place.reader(groups[index])))
+    for number, profile in job.place.executor.run(tasks):
         index = pending[number]
-        job.measurements.keep_text(_name(job.groups[index]), facts, profile.to_json())
+        job.measurements.keep_text(_name(groups[index]), facts, profile.to_json())
         profiles[index] = profile
-        job.tell(Profiled(len(profiles), len(job.groups), work_done=_at(work, profiles), work_total=sum(work)))
-    return [profiles[index] for index in range(len(job.groups))]
+        tell()
+    return [profiles[index] for index in range(len(groups))]
 
 
 def measure_corrections(job: Job, families: Families, profiles: Sequence[GroupProfile]) -> Corrections:
     """Solve the middle group of each kind at one size, and compare with what the profile says of it."""
-    config, method = job.config, job.method
+    trial, groups = Trial(job.config, families, job.method), job.model.groups
     facts, middle = _correction_facts(job, families), _middle_of_kinds(profiles)
-    work = [
-        costs.correcting(job.groups[index].in_features, job.groups[index].out_features, families, method.solver)
-        for index in middle.values()
-    ]
+    samples = [groups[index] for index in middle.values()]
+    work = [workload.correcting(g.in_features, g.out_features, families, job.method.solver) for g in samples]
     found: dict[int, Corrections] = {}
+
+    def tell(resumed: bool = False) -> None:
+        job.tell(Corrected(len(found), len(middle), resumed, work_done=_at(work, found), work_total=sum(work)))
+
     tasks, pending = [], []
     for number, (kind, index) in enumerate(middle.items()):
         kept = _kept(job, f"corrections-{kind}", facts, Corrections.from_json)
         if kept is not None:
             found[number] = kept
-            job.tell(Corrected(len(found), len(middle), True, work_done=_at(work, found), work_total=sum(work)))
+            tell(resumed=True)
             continue
-        run = partial(
-            _corrections, config, cost_is_sensitivity(config), job.groups[index], profiles[index], families, method
-        )
-        tasks.append(Task(job.groups[index].name, work[number], run, job.reader(job.groups[index])))
+        run = partial(_corrections, trial, samples[number], profiles[index])
+        tasks.append(Task(samples[number].name, work[number], run, job.place.reader(samples[number])))
         pending.append((number, kind))
     if pending:
-        job.tell(Corrected(len(found), len(middle), work_done=_at(work, found), work_total=sum(work)))
-    for done, corrections in job.executor.run(tasks):
+        tell()
+    for done, corrections in job.place.executor.run(tasks):
         number, kind = pending[done]
         job.measurements.keep_text(f"corrections-{kind}", facts, corrections.to_json())
         found[number] = corrections
-        job.tell(Corrected(len(found), len(middle), work_done=_at(work, found), work_total=sum(work)))
+        tell()
     joined = Corrections()
     for number in range(len(middle)):
         for own, more in zip(vars(joined).values(), vars(found[number]).values(), strict=True):
@@ -101,32 +124,14 @@ def measure_corrections(job: Job, families: Families, profiles: Sequence[GroupPr
     return joined
 
 
-def _profile(
-    config: CompressionConfig,
-    weighted: bool,
-    group: Group,
-    families: Families,
-    spectrum: bool,
-    known: GroupProfile | None,
-    device: str,
-    inputs: GroupInputs,
-) -> GroupProfile:
-    target = inputs.to(device).objective(config, group, weighted)
-    return profile_group(target, group.layers[0].kind, families, spectrum, known)
+def _profile(trial: Trial, group: Group, known: GroupProfile | None, device: str, inputs: GroupInputs) -> GroupProfile:
+    objective = trial.objective(group, inputs, device)
+    return profile_group(objective, group.layers[0].kind, trial.families, trial.spectrum, known)
 
 
-def _corrections(
-    config: CompressionConfig,
-    weighted: bool,
-    group: Group,
-    profile: GroupProfile,
-    families: Families,
-    method: Method,
-    device: str,
-    inputs: GroupInputs,
-) -> Corrections:
+def _corrections(trial: Trial, group: Group, profile: GroupProfile, device: str, inputs: GroupInputs) -> Corrections:
     found = Corrections()
-    _correct(found, profile, group, inputs.to(device).objective(config, group, weighted), families, method)
+    _correct(found, trial, group, profile, trial.objective(group, inputs, device))
     return found
 
 
@@ -145,7 +150,7 @@ def _kept(job: Job, name: str, facts: dict[str, Any], read: Callable[[str], T]) 
 def profile_paths(job: Job) -> list[str]:
     """Give where the profile of each group is kept once it is known."""
     facts = _weighting(job.config)
-    return [str(job.measurements.text_path(_name(group), facts).absolute()) for group in job.groups]
+    return [str(job.measurements.text_path(_name(group), facts).absolute()) for group in job.model.groups]
 
 
 def correction_paths(job: Job, families: Families, profiles: Sequence[GroupProfile]) -> list[str]:
@@ -181,14 +186,8 @@ def _weighting(config: CompressionConfig) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys}
 
 
-def _correct(
-    corrections: Corrections,
-    profile: GroupProfile,
-    group: Group,
-    objective: Objective,
-    families: Families,
-    method: Method,
-) -> None:
+def _correct(corrections: Corrections, trial: Trial, group: Group, profile: GroupProfile, objective: Objective) -> None:
+    families, method = trial.families, trial.method
     # Other learners take minutes for what HTP does in a second, and end within a few per cent of it.
     quick = method if isinstance(method.solver, HTP) or not method.solver.sparse else replace(method, solver=HTP())
     for name, side in families.curves(profile.in_features, profile.out_features).items():
@@ -211,9 +210,8 @@ def _correct(
             corrections.rounded[key] = max(added, 0.0) / profile.energy if profile.energy > 0 else 0.0
     for dtype in families.quantized:
         nearest = math.fsum(profile.quantized[dtype])
-        rows = quantize_dense(objective.weight.T, objective.metric, dtype)
         if nearest > 0:
-            weight = dequantize(rows.values, rows.scales, GRIDS[dtype]).T
+            _, weight = rounded_weight(objective, dtype)
             corrections.quantized[f"{profile.group_kind} {dtype}"] = objective.loss_increase(weight) / nearest
 
 

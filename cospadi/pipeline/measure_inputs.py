@@ -1,6 +1,6 @@
-"""Calibration: the statistics of every distinct input, measured once and kept."""
+"""Statistics of every distinct input of the layers, collected once and kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,16 @@ from cospadi.pipeline.statistics_store import Measurements
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is to be measured, and how.
+class Part:
+    """A share of the calibration windows, and what is collected on it.
 
     Attributes
     ----------
+    windows : Tensor, shape (n_windows, seq_len), int64
+    first_window : int
+        Index of the first of them among all calibration windows.
+    index, count : int
+        Which part of how many.
     batch_size : int
         Windows per pass.
     labels : str or None
@@ -38,13 +43,29 @@ class Wanted:
     seed : int
         Of the labels.
     weighted : bool
-        Also the Grams in which tokens count by their gradients.
+        Also collect the Grams in which tokens count by their gradients.
     """
 
+    windows: Tensor
+    first_window: int
+    index: int
+    count: int
     batch_size: int
     labels: str | None
     seed: int
     weighted: bool
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Where a worker in another process finds the model, keeps what it collects and spills activations."""
+
+    model: Path
+    map: ModelMap
+    measurements: Path
+    facts: dict[str, Any]
+    activations: int | None
+    scratch: Path
 
 
 def calibrate(job: Job) -> None:
@@ -53,60 +74,43 @@ def calibrate(job: Job) -> None:
     The windows are walked through in ``calibration.parts`` parts, which workers share; their sums are added up in
     order, so that the bytes do not depend on who collected them.
     """
-    sources = {layer.source: layer for layer in job.map.layers}
-    missing = [source for source in sources if source not in job.measurements]
+    missing = [source for source in job.model.sources if source not in job.measurements]
     if not missing:
         return
     job.tell(Calibrated(0, 1, "block passes"))
-    calibration = job.config.calibration
-    wanted = Wanted(
-        calibration.batch_size,
-        calibration.labels if job.sensitive else None,
-        job.config.seed,
-        job.config.token_weights,
-    )
-    parts = job.windows.tensor_split(calibration.parts)
+    parts = _parts(job)
     if len(parts) == 1:
-        with limited_threads(job.executor.threads):
-            _collect(job, parts[0], 0, wanted, job.measurements, 0, 1)
+        _collect(job, parts[0], job.measurements)
         return
-    folders = [_part_of(job.measurements, index, len(parts)) for index in range(len(parts))]
-    starts = [sum(len(part) for part in parts[:index]) for index in range(len(parts))]
-    todo = [index for index in range(len(parts)) if any(source not in folders[index] for source in missing)]
-    if job.executor.n_workers == 1 or job.source.folder is None or not job.shared_storage:
-        for index in todo:
-            with limited_threads(job.executor.threads):
-                _collect(job, parts[index], starts[index], wanted, folders[index], index, len(parts))
+    folders = [_measurements_of(job.measurements, part) for part in parts]
+    todo = [part for part in parts if any(source not in folders[part.index] for source in missing)]
+    source, place = job.model.source, job.place
+    if place.executor.n_workers == 1 or source.folder is None or not place.shared_storage:
+        for part in todo:
+            _collect(job, part, folders[part.index])
     else:
-        limit = job.budget.activations
-        tasks = [
-            Task(
-                f"calibration, part {index + 1} of {len(parts)}",
-                float(len(parts[index])),
-                partial(
-                    _collect_part,
-                    job.source.folder.absolute(),
-                    job.map,
-                    parts[index],
-                    starts[index],
-                    wanted,
-                    (folders[index].folder.parent.absolute(), folders[index].facts),
-                    limit,
-                    job.scratch / f"activations-{index}",
-                ),
+        tasks = []
+        for part in todo:
+            worker = _Worker(
+                source.folder.absolute(),
+                job.model.map,
+                folders[part.index].folder.parent.absolute(),
+                folders[part.index].facts,
+                place.budget.activations,
+                place.scratch / f"activations-{part.index}",
             )
-            for index in todo
-        ]
-        for done, _ in enumerate(job.executor.run(tasks), start=1):
+            name = f"calibration, part {part.index + 1} of {part.count}"
+            tasks.append(Task(name, float(len(part.windows)), partial(_collect_in_worker, worker, part)))
+        for done, _ in enumerate(place.executor.run(tasks), start=1):
             job.tell(Calibrated(len(parts) - len(todo) + done, len(parts), "parts"))
-    for source in missing:
-        total = folders[0][source]
+    for name in missing:
+        total = folders[0][name]
         for folder in folders[1:]:
-            total.merge(folder[source])
+            total.merge(folder[name])
         job.measurements.store(total)
 
 
-def collect_grams(
+def grams_by_block(
     source: OpenModel, mapped: ModelMap, windows: Tensor, batch_size: int, cache: ActivationCache | None = None
 ) -> Iterator[dict[str, Gram]]:
     """Give the Grams of each block's inputs, block by block."""
@@ -124,40 +128,52 @@ def collect_grams(
                 yield collector.statistics
 
 
-def statistics_of(
+def _parts(job: Job) -> list[Part]:
+    """Divide the calibration windows as the recipe asks."""
+    config, calibration = job.config, job.config.calibration
+    labels = calibration.labels if config.needs_sensitivities else None
+    parts: list[Part] = []
+    first = 0
+    for index, windows in enumerate(job.model.windows.tensor_split(calibration.parts)):
+        how = (calibration.batch_size, labels, config.seed, config.token_weights)
+        parts.append(Part(windows, first, index, calibration.parts, *how))
+        first += len(windows)
+    return parts
+
+
+def _statistics(
     source: OpenModel,
     mapped: ModelMap,
-    windows: Tensor,
-    first_window: int,
-    wanted: Wanted,
+    part: Part,
     known: Sequence[str],
     cache: ActivationCache,
-    progress: Any = None,
+    progress: Callable[[int, int, float, float], None] | None = None,
 ) -> Iterator[dict[str, SourceStatistics]]:
     """Walk through the model and give the statistics of one block after the other, without those that are known.
 
-    Who takes them out of the dict frees them; else they stay in memory while the next block's are collected.
+    The caller takes them out of the dict to free them before the next block's are collected.
     """
-    if wanted.labels is not None:
+    if part.labels is not None:
         with source.running() as model:
             yield from walk_statistics(
                 model,
                 mapped,
                 forward_call(model, source.device),
-                windows,
-                batch_size=wanted.batch_size,
-                labels=wanted.labels,
-                seed=wanted.seed,
-                first_window=first_window,
-                weighted=wanted.weighted,
+                part.windows,
+                batch_size=part.batch_size,
+                labels=part.labels,
+                seed=part.seed,
+                first_window=part.first_window,
+                weighted=part.weighted,
                 device=source.device,
                 cache=cache,
                 known=known,
                 progress=progress,
             )
         return
-    for block, grams in enumerate(collect_grams(source, mapped, windows, wanted.batch_size, cache)):
-        yield {name: _plain(mapped, grams.pop(name), windows.numel()) for name in list(grams) if name not in known}
+    n_tokens = part.windows.numel()
+    for block, grams in enumerate(grams_by_block(source, mapped, part.windows, part.batch_size, cache)):
+        yield {name: _plain(mapped, grams.pop(name), n_tokens) for name in list(grams) if name not in known}
         if progress is not None:
             progress(block + 1, len(mapped.blocks), block + 1, len(mapped.blocks))
 
@@ -169,54 +185,46 @@ def _plain(mapped: ModelMap, gram: Gram, n_tokens: int) -> SourceStatistics:
     return statistics
 
 
-def _collect(
-    job: Job, windows: Tensor, first: int, wanted: Wanted, into: Measurements, part: int, n_parts: int
-) -> None:
-    known = [layer.source for layer in job.map.layers if layer.source in into]
+def _collect(job: Job, part: Part, into: Measurements) -> None:
+    """Collect the statistics of a part in this process."""
+    known = [source for source in job.model.sources if source in into]
 
     def progress(done: int, total: int, work_done: float, work_total: float) -> None:
         job.tell(
             Calibrated(
-                part * total + done,
-                n_parts * total,
+                part.index * total + done,
+                part.count * total,
                 "block passes",
-                work_done=part * work_total + work_done,
-                work_total=n_parts * work_total,
+                work_done=part.index * work_total + work_done,
+                work_total=part.count * work_total,
             )
         )
 
-    with ActivationCache(job.budget.activations, job.scratch / "activations") as cache:
-        for found in statistics_of(job.source, job.map, windows, first, wanted, known, cache, progress):
+    place = job.place
+    with (
+        limited_threads(place.executor.threads),
+        ActivationCache(place.budget.activations, place.scratch / "activations") as cache,
+    ):
+        for found in _statistics(job.model.source, job.model.map, part, known, cache, progress):
             _store_all(found, into)
 
 
-def _collect_part(
-    model: Path,
-    mapped: ModelMap,
-    windows: Tensor,
-    first: int,
-    wanted: Wanted,
-    place: tuple[Path, dict[str, Any]],
-    limit: int | None,
-    scratch: Path,
-    device: str,
-    inputs: None,
-) -> None:
-    """Measure a part of the windows in a worker, which writes the records of its part itself."""
-    into = Measurements(*place)
-    known = [layer.source for layer in mapped.layers if layer.source in into]
-    source = opened(model, device)
-    with ActivationCache(limit, scratch) as cache:
-        for found in statistics_of(source, mapped, windows, first, wanted, known, cache):
+def _collect_in_worker(worker: _Worker, part: Part, device: str, inputs: None) -> None:
+    """Collect the statistics of a part in a worker, which writes the records of its part itself."""
+    into = Measurements(worker.measurements, worker.facts)
+    known = [layer.source for layer in worker.map.layers if layer.source in into]
+    source = opened(worker.model, device)
+    with ActivationCache(worker.activations, worker.scratch) as cache:
+        for found in _statistics(source, worker.map, part, known, cache):
             _store_all(found, into)
 
 
 def _store_all(found: dict[str, SourceStatistics], into: Measurements) -> None:
-    """Store statistics and free them, whoever else still holds the dict."""
+    """Store statistics and free them, although the walk still holds the dict."""
     for source in list(found):
         into.store(found.pop(source))
 
 
-def _part_of(measurements: Measurements, index: int, n_parts: int) -> Measurements:
-    facts = {**measurements.facts, "part": f"{index + 1} of {n_parts}"}
+def _measurements_of(measurements: Measurements, part: Part) -> Measurements:
+    facts = {**measurements.facts, "part": f"{part.index + 1} of {part.count}"}
     return Measurements(measurements.folder.parent, facts)

@@ -1,9 +1,6 @@
 """How much of the host's memory a run takes, told before it begins, and how much of that the activations may have."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from cospadi.errors import UsageError
 from cospadi.events import Predicted
@@ -12,7 +9,6 @@ from cospadi.models import (
     BATCH,
     LIBRARIES,
     Group,
-    ModelMap,
     OpenModel,
     gib,
     loading_bytes,
@@ -20,6 +16,7 @@ from cospadi.models import (
     resident_bytes,
     trim_heap,
 )
+from cospadi.pipeline.mapped_model import MappedModel
 from cospadi.recipe import CompressionConfig
 
 _SOLVING = {
@@ -54,31 +51,17 @@ class Budget:
     predicted: Predicted
 
 
-def plan_memory(
-    source: OpenModel,
-    mapped: ModelMap,
-    groups: Sequence[Group],
-    windows: torch.Tensor,
-    config: CompressionConfig,
-    batch_size: int,
-    sensitive: bool,
-    limit: int | None,
-) -> Budget:
+def plan_memory(model: MappedModel, config: CompressionConfig, batch_size: int, limit: int | None) -> Budget:
     """Predict the peak of each stage, and divide what is allowed.
 
     Weights and activations count where the model runs on a CPU; on a GPU they are not in the host's memory.
 
     Parameters
     ----------
-    source : OpenModel
-    mapped : ModelMap
-    groups : sequence of Group
-    windows : Tensor, shape (n_windows, seq_len)
+    model : MappedModel
     config : CompressionConfig
     batch_size : int
         Windows that really run at a time.
-    sensitive : bool
-        Whether there is a backward pass.
     limit : int, optional
         Bytes that the process may take.
 
@@ -87,6 +70,7 @@ def plan_memory(
     UsageError
         The limit is too low for what cannot be divided; tells the least that is enough.
     """
+    source, mapped, windows, sensitive = model.source, model.map, model.windows, config.needs_sensitivities
     trim_heap()
     baseline = resident_bytes() + LIBRARIES
     on_host = source.device.type == "cpu"
@@ -118,9 +102,11 @@ def plan_memory(
 
     hidden = 4 * windows.numel() * int(source.model.config.get_text_config().hidden_size)
     waiting = hidden * (len(mapped.blocks) + 2 if sensitive else 2 * copies) if on_host else 0
-    solving = max(solving_bytes(group, config) for group in groups)
+    solving = max(solving_bytes(group, config) for group in model.groups)
     written = sum(2 * layer.in_features * layer.out_features for layer in mapped.layers)
-    writing = min(MAX_SHARD_BYTES, written + outside) + max(2 * g.in_features * sum(g.out_features) for g in groups)
+    writing = min(MAX_SHARD_BYTES, written + outside) + max(
+        2 * g.in_features * sum(g.out_features) for g in model.groups
+    )
 
     resident = weights if not source.streamed else 0
     calibrating = (block * copies if source.streamed else 0) + grams + working

@@ -17,6 +17,7 @@ from torch import Tensor
 from cospadi.errors import CheckpointError, UsageError
 from cospadi.files import is_sound, read_mark, seal, store_payload, unseal, write_durably
 from cospadi.formats import CheckpointConfig, GroupSpec, check_headers, read_header
+from cospadi.reporting import GroupRow
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class GroupRecord:
 
     spec: GroupSpec
     tensors: dict[str, Tensor]
-    row: dict[str, Any]
+    row: GroupRow
 
 
 class Records:
-    """The records of a folder, by the index of the unit in the plan.
+    """The records of a folder, by the index of the group in the plan.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ class Records:
         self.folder = folder
 
     def load(self, index: int) -> GroupRecord | None:
-        """Give a finished group, or None when there is no record or it is damaged (then it is to be made again)."""
+        """Give a finished group, or None when there is no record or it is damaged (it must then be solved again)."""
         found = self._describe(index)
         try:
             data = self._path(index).read_bytes()
@@ -67,18 +68,18 @@ class Records:
         found = self._describe(index)
         return found is not None and is_sound(self._path(index), {"sha256": found[2]})
 
-    def row(self, index: int) -> dict[str, Any] | None:
+    def row(self, index: int) -> GroupRow | None:
         """Give a finished group's row of the report, reading the header of its tensors but not their checksum."""
         found = self._describe(index)
         return None if found is None else found[1]
 
     def spec(self, index: int) -> GroupSpec | None:
-        """Give a finished group's description, as ``row`` does its row."""
+        """Give a finished group's description; see ``row``."""
         found = self._describe(index)
         return None if found is None else found[0]
 
     def marked(self) -> Iterator[int]:
-        """Give the indices of all groups that have a mark, be it damaged."""
+        """Give the indices of all groups that have a mark, damaged ones included."""
         for path in sorted(self.folder.glob("group-*.json")):
             number = path.stem.removeprefix("group-")
             if number.isdecimal():
@@ -98,7 +99,7 @@ class Records:
         """Give what was kept under a key; None if there is nothing, or it is damaged."""
         return unseal(self._note_path(key))
 
-    def _describe(self, index: int) -> tuple[GroupSpec, dict[str, Any], str] | None:
+    def _describe(self, index: int) -> tuple[GroupSpec, GroupRow, str] | None:
         """Give a group's description, row and checksum, if the payload's header is what the description implies."""
         path = self._path(index)
         mark = read_mark(path)

@@ -1,7 +1,8 @@
-"""What a run begins with: the solver, the calibration windows, the map of the model, and what the result depends on."""
+"""What a run begins with: the model and its groups, the solver, every check, and what the result depends on."""
 
 import importlib.util
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ from torch import Tensor
 
 from cospadi.allocation import Method
 from cospadi.arrays import torch_device
-from cospadi.calibration import fingerprint, forward_call, open_text, token_windows
+from cospadi.calibration import fingerprint, largest_batch, open_text, token_windows
 from cospadi.errors import UnavailableError, UsageError
 from cospadi.executors import available_threads, devices_of_workers
 from cospadi.formats import FORMATS
-from cospadi.models import ModelMap, OpenModel, map_model
-from cospadi.pipeline.job import is_sensitive
+from cospadi.models import Group, OpenModel, form_groups, open_model
+from cospadi.pipeline.mapped_model import MappedModel, find_layers
 from cospadi.pipeline.work_folder import WORK, read_fingerprint
 from cospadi.recipe import CompressionConfig, Execution
 from cospadi.reporting import versions
 from cospadi.solvers import SOLVERS, Auto
+
+logger = logging.getLogger(__name__)
 
 
 def choose_method(config: CompressionConfig) -> tuple[Method, str]:
@@ -43,6 +46,47 @@ def choose_method(config: CompressionConfig) -> tuple[Method, str]:
         raise UsageError(f"solver {name!r} has dense coefficients: format {format_name!r} does not fit, use dense")
     FORMATS.get(format_name)
     return Method(name, solver, format_name, config.seed), reason
+
+
+def open_mapped_model(
+    model: Any,
+    config: CompressionConfig,
+    *,
+    tokenizer: Any,
+    windows: Tensor | None,
+    streamed: bool,
+) -> MappedModel:
+    """Open a dense model, take its calibration windows, find its linear layers and form their groups.
+
+    Parameters
+    ----------
+    model, tokenizer, windows
+        See ``compress``.
+    config : CompressionConfig
+        The recipe.
+    streamed : bool
+        Read the weights block by block instead of holding all of them in memory.
+
+    Raises
+    ------
+    UsageError
+        The model cannot be opened, the windows do not fit it, or the recipe names layers that it has not.
+    """
+    source = open_model(model, torch_device(config.device), tokenizer, streamed=streamed, split=True)
+    if source.unused:
+        logger.warning(
+            "%s: %d stored tensors have no place in the model that its config describes and are left out, such as %s",
+            source.name,
+            len(source.unused),
+            source.unused[0],
+        )
+    if windows is None:
+        windows = calibration_windows(source, config)
+    check_windows(source, windows)
+    mapped = find_layers(source, windows, config.include, config.exclude)
+    matching = config.groups == "matching"
+    groups = form_groups(mapped.layers, "natural" if matching else config.groups)
+    return MappedModel(source, mapped, tuple(groups), windows)
 
 
 def calibration_windows(source: OpenModel, config: CompressionConfig) -> Tensor:
@@ -83,7 +127,27 @@ def check_windows(source: OpenModel, windows: Tensor) -> None:
         raise UsageError(f"seq_len {windows.shape[1]} exceeds the model's {longest} positions: choose a smaller one")
 
 
-def check_execution(source: OpenModel, windows: Tensor, config: CompressionConfig, execution: Execution) -> None:
+def check_order(config: CompressionConfig, groups: Sequence[Group]) -> None:
+    """Refuse groups that sequential calibration cannot take in turn.
+
+    Raises
+    ------
+    UsageError
+        A group spans several blocks, or tokens are weighted.
+    """
+    if config.calibration.order != "sequential":
+        return
+    for group in groups:
+        if not group.shared_input:
+            raise UsageError(
+                f"sequential calibration takes one input after the other: {group.name} shares a dictionary with layers "
+                "of other inputs; choose groups none or natural"
+            )
+    if config.token_weights:
+        raise UsageError("sequential calibration knows no token weights: switch off one of the two")
+
+
+def check_execution(model: MappedModel, config: CompressionConfig, execution: Execution) -> None:
     """Refuse what cannot be divided as it is asked for.
 
     Raises
@@ -93,32 +157,24 @@ def check_execution(source: OpenModel, windows: Tensor, config: CompressionConfi
     UnavailableError
         Ray is not installed.
     """
-    if config.calibration.parts > len(windows):
-        raise UsageError(f"{len(windows)} calibration windows cannot be divided into parts={config.calibration.parts}")
+    if config.calibration.parts > len(model.windows):
+        raise UsageError(
+            f"{len(model.windows)} calibration windows cannot be divided into parts={config.calibration.parts}"
+        )
     if execution.max_memory is not None and config.groups == "matching":
         raise UsageError("groups 'matching' need all weights at once: leave out max_memory, or choose other groups")
     several = execution.executor == "ray" or (execution.workers or 1) > 1
-    if several and source.folder is None:
+    if several and model.source.folder is None:
         raise UsageError("several workers read the model themselves: save it, and give its folder instead of an object")
     if execution.executor == "ray" and importlib.util.find_spec("ray") is None:
         raise UnavailableError("executor ray needs pip install 'cospadi[ray]'")
 
 
-def map_source(
-    source: OpenModel, windows: Tensor, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
-) -> ModelMap:
-    """Find the blocks and layers of a model by running it on a few tokens."""
-    example = windows[:1, : min(8, windows.shape[1])]
-    with source.running() as model:
-        call = forward_call(model, source.device)
-        return map_model(model, lambda: call(example), include, exclude)
-
-
-def fingerprints_of(source: OpenModel, windows: Tensor, config: CompressionConfig) -> dict[str, str]:
+def fingerprints_of(model: MappedModel, config: CompressionConfig) -> dict[str, str]:
     """Name everything that the result depends on."""
     return {
-        "model": source.digest(),
-        "calibration": fingerprint(windows),
+        "model": model.source.digest(),
+        "calibration": fingerprint(model.windows),
         # The backend only runs the result; it may change between a run and its resumption.
         "recipe": json.dumps(config.model_copy(update={"backend": "auto"}).to_dict(), sort_keys=True),
         "versions": json.dumps(versions(), sort_keys=True),
@@ -127,7 +183,7 @@ def fingerprints_of(source: OpenModel, windows: Tensor, config: CompressionConfi
 
 def measurement_facts(config: CompressionConfig, device: torch.device, threads: int) -> dict[str, Any]:
     """Give what is to be collected and on what else its last bits depend, as facts that name a cache."""
-    sensitive = is_sensitive(config)
+    sensitive = config.needs_sensitivities
     facts = {
         "sensitivities": sensitive,
         "token_weights": config.token_weights,
@@ -138,6 +194,13 @@ def measurement_facts(config: CompressionConfig, device: torch.device, threads: 
         "threads": threads,
     }
     return facts | ({"parts": config.calibration.parts} if config.calibration.parts > 1 else {})
+
+
+def batch_size_of(model: MappedModel, config: CompressionConfig) -> int:
+    """Give the calibration windows that run at a time: as asked, as many as there are, as the logits allow."""
+    n_windows, seq_len = model.windows.shape
+    most = largest_batch(model.source.model, seq_len) if config.needs_sensitivities else n_windows
+    return min(most, config.calibration.batch_size, n_windows)
 
 
 def threads_of(out: Path, device: torch.device, execution: Execution) -> int | None:

@@ -30,7 +30,7 @@ from cospadi.files import (
 
 FACTS = "facts.json"
 _FORGOTTEN = 3600.0
-"""Seconds after which a temporary file in a shared folder is nobody's any more."""
+"""Seconds after which a temporary file in a shared folder belongs to no running process."""
 
 
 def digest(facts: Mapping[str, object]) -> str:

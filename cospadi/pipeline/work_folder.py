@@ -153,7 +153,7 @@ def fields(text: str | None) -> dict[str, str]:
 
 
 def is_finished(out: Path) -> bool:
-    """Tell whether a run has ended well in a folder, be it that it died before it had deleted its records."""
+    """Tell whether a run has ended well in a folder, even if it died before it had deleted its records."""
     return (out / "run.json").is_file() and (out / "report.json").is_file() and not (out / WORK).exists()
 
 

@@ -1,4 +1,4 @@
-"""What pieces of work cost against one another, from their sizes: for time left, and to start the largest first.
+"""Relative cost of pieces of work, from their sizes: for the time left, and to start the largest first.
 
 Operations are counted in four kinds, each with the time that one took on the core where the constants were fitted
 (``benchmarks/progress.py`` tells how well they predict).  The unit is a second there; only ratios mean anything
@@ -8,7 +8,7 @@ elsewhere.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cospadi.allocation import SPARSE, Choice, Factors, Families, Quantized, sizes
+from cospadi.allocation import SPARSE, Choice, Factors, Families, GroupPlan, Method, Quantized, sizes
 from cospadi.formats import grid_of
 from cospadi.solvers import HTP, START_ALTERNATIONS, Solver
 
@@ -19,7 +19,7 @@ _DECOMPOSITION = 1.8e-10
 _ELEMENT = 5.5e-9
 _GRID = 9.3e-10
 _UNIT = 5e-3
-"""Seconds of one operation of each kind, and of what every unit costs beside."""
+"""Seconds of one operation of each kind, and what every group costs besides."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Work:
     product : float
         Multiplications in products of matrices in float32; one in float64 counts twice.
     decomposition : float
-        n^3 for the eigenvectors of a matrix of n rows in float64; other factorisations by what they take beside.
+        n^3 for the eigenvectors of a matrix of n rows in float64; other factorisations by their time relative to it.
     element : float
         Numbers that a threshold goes through; sums and copies count a tenth.
     grid : float
@@ -66,7 +66,7 @@ class _Work:
 
 
 def solving(choice: Choice, in_features: int, out_features: Sequence[int], solver: Solver, n_inputs: int = 1) -> float:
-    """Give the cost of making one unit of a plan.
+    """Give the cost of solving a group.
 
     Parameters
     ----------
@@ -82,6 +82,13 @@ def solving(choice: Choice, in_features: int, out_features: Sequence[int], solve
     """
     d, n = in_features, sum(out_features)
     return (_objective(d, n) + _approximating(choice, d, out_features, solver, n_inputs) + _judging(d, n)).cost
+
+
+def of_plan(method: Method, plan: GroupPlan) -> float:
+    """Give the cost of solving a group of a plan."""
+    group = plan.group
+    n_inputs = len({layer.source for layer in group.layers})
+    return solving(plan.choice, group.in_features, group.out_features, method.solver, n_inputs)
 
 
 def profiling(in_features: int, out_features: Sequence[int], families: Families, spectrum: bool = False) -> float:

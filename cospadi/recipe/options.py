@@ -48,8 +48,8 @@ class CalibrationConfig(_Strict):
         Where the labels come from whose gradients tell how sensitive the loss is to each output: drawn from the
         model's own predictions (Fisher information), or the text's next tokens (the empirical variant).
     parts : int
-        The windows are walked through in so many parts, whose sums are then added: several workers can share them, and
-        an interruption costs at most one.  Changes the result by rounding only.
+        Number of parts into which the windows are divided and whose sums are then added: several workers can share
+        them, and an interruption costs at most one.  Changes the result by rounding only.
     """
 
     text: str | None = None
@@ -81,8 +81,8 @@ class CompressionConfig(_Strict):
         singular values, as COMPOT does.  ``equal-ratio``: the best way of storing each group at the same ratio.
         ``uniform``: the same ratio by formula, in bfloat16 factors, with nothing measured beforehand.
     cost : {"sensitivity", "functional-error", "relative-error"}
-        What the knapsack adds up: the predicted gain of the model's loss, the error of the layers' outputs, or that
-        error over the size of each layer's outputs (ROCKET).
+        What the knapsack adds up: the predicted increase of the model's loss, the error of the layers' outputs, or that
+        error relative to the size of each layer's outputs (ROCKET).
     storage : {"auto", "factors", "quantized"}
         What the allocation may choose: ``factors`` (dictionary and sparse coefficients), ``quantized`` weights without
         factors, or both.
@@ -197,6 +197,16 @@ class CompressionConfig(_Strict):
                     "choose another allocation, such as knapsack or equal-ratio"
                 )
         return self
+
+    @property
+    def cost_is_sensitivity(self) -> bool:
+        """Whether the allocation adds up predicted loss increases."""
+        return self.allocation != "uniform" and self.cost == "sensitivity"
+
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether calibration needs a backward pass."""
+        return self.column_weights or self.token_weights or self.cost_is_sensitivity
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CompressionConfig":

@@ -6,15 +6,17 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from cospadi.reporting.schema import Report
+
 TAGS = ["cospadi", "compression", "sparse-dictionary"]
 
 
-def model_card(report: dict[str, Any]) -> str:
+def model_card(report: Report) -> str:
     """Write the README.md of a compressed model.
 
     Parameters
     ----------
-    report : dict
+    report : Report
         As in report.json.
 
     Returns
@@ -48,7 +50,7 @@ def model_card(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(report: dict[str, Any]) -> str:
+def _summary(report: Report) -> str:
     coefficients = "coefficients" if report["format"] == "dense" else "sparse coefficients"
     counts = {"factors": 0, "sparse": 0, "quantized": 0}
     for row in report["groups"]:
@@ -87,7 +89,7 @@ cospadi-cli decompress PATH -o DENSE
 ```"""
 
 
-def _figures(report: dict[str, Any]) -> str:
+def _figures(report: Report) -> str:
     totals, evaluation = report["totals"], report["evaluation"]
     rows = [
         ("bytes of the compressed layers", totals["layer_dense_bytes"], totals["layer_bytes"], totals["ratio"]),
@@ -118,7 +120,7 @@ def _perplexities(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _method(report: dict[str, Any]) -> str:
+def _method(report: Report) -> str:
     calibration, totals, config = report["calibration"], report["totals"], report["config"]
     members = [member for row in report["groups"] for member in row["members"]]
     worst = max(members, key=lambda member: member["relative_error"])

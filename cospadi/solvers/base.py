@@ -1,4 +1,4 @@
-"""What a dictionary solver takes and gives.
+"""The contract of a dictionary solver.
 
 A solver sees one whitened problem, never a model: find a dictionary A and coefficients S, with at most ``n_nonzero``
 non-zeros in each column of S, so that
@@ -20,7 +20,7 @@ import numpy as np
 from cospadi.arrays import Array, convert, library_of, namespace, on_cpu
 from cospadi.errors import NumericalError, UsageError
 from cospadi.registry import Availability, Registry
-from cospadi.whitening import Problem
+from cospadi.whitening import Problem as Problem
 
 
 class Status(enum.Enum):

@@ -322,7 +322,7 @@ def has_kernels(array: Array) -> bool:
     return library_of(array) in ("numpy", "torch") and on_cpu(array)
 
 
-def load_spams():
+def load_spams() -> Any:
     """Import SPAMS.
 
     Raises

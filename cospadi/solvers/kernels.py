@@ -5,6 +5,8 @@ in the second-level cache, and the atom update reads each residual row once per 
 numba; the callers import it on first use.  All arrays are C-contiguous, float32 or float64, and finite.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
@@ -153,8 +155,8 @@ def _pursue_all(gram, starts, n_nonzero, pivot_floor, noise, coefficients, depen
 
 
 def pursue(
-    gram: NDArray, starts: NDArray, n_nonzero: int, pivot_floor: float, noise: float
-) -> tuple[NDArray, NDArray[np.bool_]]:
+    gram: NDArray[Any], starts: NDArray[Any], n_nonzero: int, pivot_floor: float, noise: float
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Code columns by orthogonal matching pursuit; see ``BatchOMP`` for the recursion.
 
     Parameters

@@ -1,6 +1,6 @@
 """What a group's approximation is judged by: the error of its outputs, weighted by the sensitivity of the model's loss.
 
-With g the gradient of the loss at the outputs, the second-order estimate of what the loss gains when the weight W
+With g the gradient of the loss at the outputs, the second-order estimate of the increase of the loss when the weight W
 becomes V is, per token,
 
     1/2 tr((W - V)^T G (W - V) F) / n_tokens,    G = sum_t w_t x_t x_t^T,    F = diag(E[g_j^2]),
@@ -93,7 +93,7 @@ class Objective:
         self.whitening.forget()
 
     def loss_increases(self, approximation: Tensor) -> list[float]:
-        """Give the predicted gain in loss per token, in nats, from each member (half the squared error without F).
+        """Give the predicted loss increase per token, in nats, of each member (half the squared error without F).
 
         Parameters
         ----------

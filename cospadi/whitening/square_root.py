@@ -224,31 +224,6 @@ def corrected_weight(
     return weight + alpha * torch.cholesky_solve(shift.to(factor) @ weight, factor)
 
 
-def sequential_errors(
-    gram: Tensor, shift: Tensor, drift: Tensor, weight: Tensor, approximation: Tensor
-) -> tuple[float, float]:
-    """Give ``||X W - X~ V||_F^2`` and ``||X W||_F^2``, in float64, with X~ the inputs behind a compressed prefix.
-
-    Parameters
-    ----------
-    gram, shift, drift : Tensor, shape (in_features, in_features)
-        ``X~^T X~``, ``X~^T (X - X~)`` and ``(X - X~)^T (X - X~)``; a Gram of zeros (no token seen) counts as the
-        identity.
-    weight, approximation : Tensor, shape (in_features, out_features)
-        W and V.
-    """
-    squared, scale = output_errors(gram, weight, approximation)
-    weight = weight.to(gram)
-    difference = weight - approximation.to(gram)
-    carried = float((weight * (drift @ weight)).sum())
-    turned = shift @ weight
-    # Rounding may leave a sum of squares that cancel slightly below zero.
-    return (
-        max(squared + 2 * float((difference * turned).sum()) + carried, 0.0),
-        max(scale + 2 * float((weight * turned).sum()) + carried, 0.0),
-    )
-
-
 def _factorized(whitening: Whitening) -> Whitening | None:
     """Give it with its factor, or None when the matrix is not positive definite or badly conditioned."""
     factor, info = torch.linalg.cholesky_ex(whitening.metric)

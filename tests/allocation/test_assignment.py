@@ -16,7 +16,8 @@ from cospadi.models.groups import Group
 from cospadi.models.layers import Layer
 from cospadi.pipeline.approximate import approximate, rounded
 from cospadi.pipeline.group_inputs import GroupInputs
-from cospadi.pipeline.job import Job
+from cospadi.pipeline.job import Job, Workplace
+from cospadi.pipeline.mapped_model import MappedModel
 from cospadi.pipeline.measure_costs import measure_corrections, profile_groups
 from cospadi.pipeline.statistics_store import Measurements
 from cospadi.recipe.options import CompressionConfig
@@ -84,18 +85,9 @@ class World:
 
     def job(self, config, measurements, own=None, groups=None, tell=lambda event: None):
         """What planning sees of a run: no model, but what reads the inputs of its groups."""
-        unused = dict.fromkeys(("source", "map", "windows", "budget", "scratch"))
-        return Job(
-            config=config,
-            method=own or method(),
-            reason="",
-            groups=tuple(groups or self.groups),
-            measurements=measurements,
-            executor=SerialExecutor("cpu", 1),
-            reader=self.reader,
-            tell=tell,
-            **unused,
-        )
+        model = MappedModel(source=None, map=None, groups=tuple(groups or self.groups), windows=None)
+        place = Workplace(SerialExecutor("cpu", 1), self.reader, budget=None, scratch=None)
+        return Job(config, own or method(), "", model, measurements, place, tell)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +117,7 @@ def plan(world, measurements):
     return plan
 
 
-def unit_bits(unit, format="bitmask"):
+def plan_bits(unit, format="bitmask"):
     choice, group = unit.choice, unit.group
     codec = FORMATS.create(format)
     if isinstance(choice, Quantized):
@@ -142,12 +134,12 @@ def dense_bits(groups):
 
 def removed(assignment, groups, format="bitmask"):
     """Give the fraction of the bits removed, and check that every layer has its place once."""
-    names = [layer.name for unit in assignment.units for layer in unit.group.layers]
+    names = [layer.name for unit in assignment.groups for layer in unit.group.layers]
     names += [layer.name for group in assignment.dense for layer in group.layers]
     assert sorted(names) == sorted(layer.name for group in groups for layer in group.layers)
-    assert all(unit.choice.kind != "dense" for unit in assignment.units)
+    assert all(unit.choice.kind != "dense" for unit in assignment.groups)
     assert all(len(group.layers) == 1 for group in assignment.dense)
-    bits = sum(unit_bits(unit, format) for unit in assignment.units) + dense_bits(assignment.dense)
+    bits = sum(plan_bits(unit, format) for unit in assignment.groups) + dense_bits(assignment.dense)
     return 1 - bits / dense_bits(groups)
 
 
@@ -208,7 +200,7 @@ def test_what_is_asked_for_is_chosen(storage, dictionary, side, plan, world):
     # Groups of several layers have no side of the outputs.
     found = plan(recipe(storage=storage, dictionary=dictionary, side=side, ratio=0.3), groups=world.singles)
     assert removed(found, world.singles) >= 0.3 - 1e-5
-    for unit in found.units:
+    for unit in found.groups:
         if storage == "quantized":
             assert isinstance(unit.choice, Quantized)
             assert unit.predicted is None
@@ -221,15 +213,15 @@ def test_what_is_asked_for_is_chosen(storage, dictionary, side, plan, world):
 def test_the_same_recipe_gives_the_same_plan_whatever_the_order_of_the_groups(plan, world):
     found, turned = plan(recipe()), plan(recipe(), groups=world.groups[::-1])
     assert plan(recipe()) == found
-    assert {unit.group.name: unit for unit in found.units} == {unit.group.name: unit for unit in turned.units}
+    assert {unit.group.name: unit for unit in found.groups} == {unit.group.name: unit for unit in turned.groups}
 
 
 def test_the_loss_decides_under_sensitivity_and_not_otherwise(plan, world):
     def kept(cost):
         found = plan(recipe(cost=cost, ratio=0.7, storage="factors"))
         bits = [0, 0]
-        for unit in found.units:
-            bits[unit.group.layers[0].block] += unit_bits(unit)
+        for unit in found.groups:
+            bits[unit.group.layers[0].block] += plan_bits(unit)
         for group in found.dense:
             bits[group.layers[0].block] += dense_bits([group])
         return bits[1] / sum(bits)
@@ -252,12 +244,12 @@ def test_predictions_are_in_units_of_loss_increase_under_every_cost(plan):
     shared = {"allocation": "equal-ratio", "storage": "factors"}
     plain = plan(recipe(cost="functional-error", column_weights=False, **shared))
     relative = plan(recipe(cost="relative-error", column_weights=False, **shared))
-    assert [u.choice for u in plain.units] == [u.choice for u in relative.units]
-    assert [u.predicted for u in plain.units] == pytest.approx([u.predicted for u in relative.units], rel=1e-9)
-    assert plain.account["predicted_cost"] == pytest.approx(sum(u.predicted for u in plain.units), rel=1e-9)
+    assert [u.choice for u in plain.groups] == [u.choice for u in relative.groups]
+    assert [u.predicted for u in plain.groups] == pytest.approx([u.predicted for u in relative.groups], rel=1e-9)
+    assert plain.account["predicted_cost"] == pytest.approx(sum(u.predicted for u in plain.groups), rel=1e-9)
     # A solver that weighs errors otherwise than the allocation ends with a loss increase that compares with nothing.
     for options in ({"cost": "functional-error"}, {"cost": "sensitivity", "column_weights": False}):
-        assert all(unit.predicted is None for unit in plan(recipe(**options, **shared)).units)
+        assert all(unit.predicted is None for unit in plan(recipe(**options, **shared)).groups)
 
 
 # Limits
@@ -273,9 +265,9 @@ def test_a_limit_of_nothing_keeps_layers_dense_within_the_budget(plan, world):
 def test_limits_bound_what_a_group_loses(plan):
     def lost(found):
         by_group = {}
-        for unit in found.units:
+        for unit in found.groups:
             name = unit.group.layers[0].source
-            by_group[name] = by_group.get(name, 0) + dense_bits([unit.group]) - unit_bits(unit)
+            by_group[name] = by_group.get(name, 0) + dense_bits([unit.group]) - plan_bits(unit)
         shapes = {"q": 28, "up": 40, "down": 23}
         return {
             f"b.{b}.{kind}": by_group.get(f"b.{b}.{kind}", 0) / (16 * WIDTH * n)
@@ -335,7 +327,7 @@ def test_what_cannot_work_is_said_beforehand(options, solver, text, world):
 def test_the_papers_convention_spends_its_own_bits(plan, world):
     found = plan(recipe(convention="paper", storage="factors", dictionary="learned", side="input", ratio=0.3))
     bits = dense_bits(found.dense)
-    for unit in found.units:
+    for unit in found.groups:
         choice = unit.choice
         bits += 16 * (choice.n_atoms * WIDTH + choice.n_nonzero * sum(unit.group.out_features))
     assert bits <= 0.7 * dense_bits(world.groups) + 0.5
@@ -347,10 +339,10 @@ def test_uniform_gives_every_group_the_ratio(value_dtype, world):
     found = uniform_assignment(recipe(allocation="uniform", ratio=0.3, value_dtype=value_dtype), method(), world.groups)
     assert found.account == {"strategy": "uniform"}
     assert 0.3 <= removed(found, world.groups) < 0.45
-    for unit in found.units:
+    for unit in found.groups:
         assert unit.predicted is None
         assert unit.choice.value_dtype == ("bfloat16" if value_dtype == "auto" else "int8")
-        assert unit_bits(unit) <= 0.7 * dense_bits([unit.group])
+        assert plan_bits(unit) <= 0.7 * dense_bits([unit.group])
     with pytest.raises(UsageError, match="no layer is large enough"):
         uniform_assignment(recipe(allocation="uniform", ratio=0.999), method(), world.groups)
 

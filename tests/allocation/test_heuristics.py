@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cospadi.allocation.equal_ratio import EqualRatio
 from cospadi.allocation.knapsack import Knapsack
-from cospadi.allocation.menu import Entry, Menu, pin, restrict
+from cospadi.allocation.menu import Entry, Menu, restrict
 from cospadi.allocation.pooled import PooledSpectrum, kept_fractions
 from cospadi.allocation.rest import spend_rest
 from cospadi.errors import NumericalError, UsageError
@@ -114,9 +114,9 @@ def test_pooled_with_fine_menus_uses_the_capacity():
     assert 0 <= PooledSpectrum().allocate(menus, capacity).unused < 0.005
 
 
-def test_pooled_obeys_pins():
+def test_pooled_obeys_limits():
     menus = like_a_model(6, 20, 1)
-    menus[2] = pin(menus[2], lambda e: e.choice == "dense", "keeps it dense")
+    menus[2] = restrict(menus[2], 0.0, 0.0)
     found = PooledSpectrum().allocate(menus, int(0.7 * sum(m.dense_bits for m in menus)))
     assert found.entries[2].choice == "dense"
     assert found.bits <= found.capacity

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cospadi.allocation import knapsack
 from cospadi.allocation.base import capacity_for
 from cospadi.allocation.knapsack import Knapsack
-from cospadi.allocation.menu import Entry, Menu, pin, restrict
+from cospadi.allocation.menu import Entry, Menu, restrict
 from cospadi.errors import UsageError
 from tests.allocation.problems import cheapest, dynamic_programme, like_a_model, small_menus, span
 
@@ -158,9 +158,9 @@ def test_the_ratio_that_an_error_advises_works(menus, part):
     assert advised == pytest.approx(1 - least, abs=1.01e-4)
 
 
-def test_limits_and_pins_hold():
+def test_limits_hold():
     menus = like_a_model(12, 20, seed=4)
-    menus[3] = pin(menus[3], lambda e: e.choice == "dense", "keeps it dense")
+    menus[3] = restrict(menus[3], 0.0, 0.0)
     menus[5] = restrict(menus[5], 0.1, 0.3)
     capacity = sum(m.dense_bits for m in menus) // 2
     found = EXACT.allocate(menus, capacity)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cospadi.allocation.menu import Entry, Menu, pareto_indices, pin, restrict
+from cospadi.allocation.menu import Entry, Menu, pareto_indices, restrict
 from cospadi.errors import NumericalError, UsageError
 from tests.allocation.problems import entries, small_menus
 
@@ -47,10 +47,8 @@ def test_a_limit_that_an_entry_meets_exactly_admits_it():
         assert restrict(menu, percent / 100, percent / 100).entries == menu.entries
 
 
-def test_pinned_groups_keep_what_was_asked_for_or_the_error_says_what_there_is():
-    assert [e.choice for e in pin(MENU, lambda e: e.choice == "dense", "keeps it dense").entries] == ["dense"]
-    with pytest.raises(UsageError, match=r"a: no way of storing it is 3 bits.*4 entries remove 0 to 0\.5"):
-        pin(MENU, lambda e: e.bits == 3, "is 3 bits")
+def test_a_limit_that_no_entry_meets_says_what_there_is():
+    assert [e.choice for e in restrict(MENU, 0.0, 0.0).entries] == ["dense"]
     with pytest.raises(UsageError, match=r"a: no way .* removes between 0\.6 and 0\.9 of its bytes"):
         restrict(MENU, 0.6, 0.9)
     for limits in [(0.5, 0.4), (0.0, 1.5), (math.nan, 1.0)]:

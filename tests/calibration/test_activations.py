@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.collectors import GramCollector
 from cospadi.calibration.lockstep import Lockstep, forward_call
-from cospadi.calibration.sensitivity import collect_statistics
 from cospadi.files.durable import StorageError
 from cospadi.models.experts import split_experts
 from cospadi.models.layers import map_model
-from tests.helpers import ARCHITECTURES, tiny_model, token_windows
+from tests.calibration.toys import collect_statistics
+from tests.helpers import tiny_model, token_windows
 
 CPU = torch.device("cpu")
 
@@ -78,7 +78,7 @@ def test_a_tensor_that_is_changed_while_it_is_kept_is_noticed():
         cache.get(held)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "gemma3", "qwen3-moe", "bert"])
 def test_walks_give_the_same_bits_whatever_waits_on_disk(tmp_path, architecture):
     model, windows = tiny_model(architecture), token_windows(5, 12)
     split_experts(model)

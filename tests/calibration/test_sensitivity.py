@@ -9,14 +9,15 @@ import transformers as tf
 
 from cospadi.calibration.collectors import GramCollector
 from cospadi.calibration.lockstep import forward_call
-from cospadi.calibration.sensitivity import collect_statistics, frozen
+from cospadi.calibration.sensitivity import frozen
 from cospadi.errors import NumericalError, UsageError
 from cospadi.models.experts import split_experts
 from cospadi.models.layers import map_model
+from tests.calibration.toys import collect_statistics
 from tests.helpers import tiny_model, token_windows
 
 CPU = torch.device("cpu")
-EVERYTHING = {"grams": True, "weighted": True, "output_grams": True}
+EVERYTHING = {"weighted": True}
 
 
 def ready(architecture, dtype=torch.float64):
@@ -97,7 +98,6 @@ def test_all_sums_equal_those_of_plain_autograd(architecture):
                 assert not statistics.squares(layer.name).any()
                 continue
             torch.testing.assert_close(statistics.squares(layer.name), (g * g).sum(0) / windows.numel())
-            torch.testing.assert_close(statistics.output_gram(layer.name), g.T @ g / windows.numel())
             weights = weights + (g * g).sum(1)
         weighted = statistics.weighted_gram()
         if x is None:
@@ -161,10 +161,10 @@ def test_the_drawn_squares_have_the_fisher_information_as_their_mean():
             for name, (_, g) in brute_force(model, window, mapped.layers, loss).items():
                 exact[name] = exact[name] + p * (g * g).sum(0) / 3
     draws = [
-        collect_statistics(model, mapped, call, window.expand(30, 3), batch_size=30, grams=False, first_window=start)
+        collect_statistics(model, mapped, call, window.expand(30, 3), batch_size=30, first_window=start)
         for start in range(0, 900, 30)
     ]
-    text = collect_statistics(model, mapped, call, window, grams=False, labels="text")
+    text = collect_statistics(model, mapped, call, window, labels="text")
     differs = 0
     for source, first in draws[0].items():
         for name in first.layers:
@@ -184,8 +184,6 @@ def test_batch_size_and_order_of_the_windows_change_nothing_but_rounding(archite
         other = three[source]
         torch.testing.assert_close(other.weighted_gram().matrix, statistics.weighted_gram().matrix)
         torch.testing.assert_close(other.gram.matrix, statistics.gram.matrix)
-        for name in statistics.layers:
-            torch.testing.assert_close(other.output_gram(name), statistics.output_gram(name))
 
 
 def test_a_batch_is_divided_when_its_logits_would_be_too_large(monkeypatch):
@@ -223,7 +221,6 @@ def test_the_parts_of_two_workers_merge_into_the_whole():
         for name, sensitivity in statistics.layers.items():
             assert left[source].layers[name].n_tokens == sensitivity.n_tokens
             torch.testing.assert_close(left[source].squares(name), statistics.squares(name))
-            torch.testing.assert_close(left[source].output_gram(name), statistics.output_gram(name))
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_other_labels():
@@ -403,9 +400,6 @@ def test_grams_are_those_of_the_forward_pass_and_nothing_is_collected_unasked():
         torch.testing.assert_close(found[source].gram.matrix, gram.matrix, rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="was not collected"):
             found[source].weighted_gram()
-        with pytest.raises(ValueError, match="was not collected"):
-            found[source].output_gram(source)
-    assert all(s.gram is None for s in collect_statistics(model, mapped, call, windows, grams=False).values())
 
 
 def test_a_map_of_some_layers_gives_their_part():

@@ -5,18 +5,22 @@ import pytest
 import torch
 
 from cospadi.calibration.lockstep import forward_call
-from cospadi.calibration.sequential import ROUTED, UNWEIGHTED, SequentialWalk
+from cospadi.calibration.sequential import ROUTED, SequentialWalk, WalkedModel
 from cospadi.errors import NumericalError
 from cospadi.models.experts import split_experts
 from cospadi.models.layers import map_model, weight_matrix
 from cospadi.pipeline.stages import collect_grams
-from cospadi.whitening.square_root import corrected_weight, sequential_errors, whitening_from_gram
+from cospadi.whitening.square_root import corrected_weight, whitening_from_gram
 from tests.helpers import outputs, tiny_model, token_windows
 
 from .toys import InPlace, Plain, Routed, Toy
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "mixtral", "bert"]
+
+
+def walked(model):
+    return WalkedModel(model, forward_call(model, CPU))
 
 
 class Pair:
@@ -31,9 +35,8 @@ class Pair:
 
     def walk(self, mapped=None, reference=True, **options):
         if reference:
-            options |= {"dense": self.dense, "dense_call": forward_call(self.dense, CPU)}
-        call = forward_call(self.copy, CPU)
-        return SequentialWalk(self.copy, call, mapped or self.mapped, self.batches, self.example, **options)
+            options["dense"] = walked(self.dense)
+        return SequentialWalk(walked(self.copy), mapped or self.mapped, self.batches, self.example, **options)
 
     def weight(self, name):
         return weight_matrix(self.dense.get_submodule(name))
@@ -75,16 +78,15 @@ def test_with_nothing_replaced_the_statistics_are_those_of_one_shot_calibration(
     models = pair(architecture)
     grams = collect_grams(tiny_model(architecture), models.windows, batch_size=4, device="cpu")
     seen = set()
-    with models.walk(drift=True) as walk:
+    with models.walk() as walk:
         for _ in walk:
             for name, statistic in walk.collect().items():
                 torch.testing.assert_close(statistic.gram.matrix, grams[name].matrix, rtol=1e-6, atol=1e-6)
                 assert statistic.n_tokens == grams[name].n_tokens
                 if ".experts." in name:
-                    assert (statistic.shift, statistic.drift, statistic.note) == (None, None, ROUTED)
+                    assert (statistic.shift, statistic.note) == (None, ROUTED)
                 else:
-                    assert torch.equal(statistic.cross, statistic.gram.matrix)
-                    assert torch.equal(statistic.dense, statistic.gram.matrix)
+                    assert not statistic.shift.any()
                     assert not statistic.note
                 seen.add(name)
     assert seen == set(grams)
@@ -96,7 +98,7 @@ def test_after_replacements_the_statistics_are_those_of_the_two_whole_models(arc
     by_hand = copy.deepcopy(models.dense)
     before = outputs(models.dense, models.windows)
     order, moved = [], 0
-    with models.walk(drift=True) as walk:
+    with models.walk() as walk:
         for step in walk:
             found = walk.collect()
             assert set(found) == {layer.source for layer in step.layers}
@@ -110,8 +112,7 @@ def test_after_replacements_the_statistics_are_those_of_the_two_whole_models(arc
                 if ".experts." in name:
                     assert statistic.note == ROUTED
                     continue
-                close(statistic.cross, rows.T @ old[name])
-                close(statistic.dense, old[name].T @ old[name])
+                close(statistic.gram.matrix + statistic.shift, rows.T @ old[name])
                 moved += bool(statistic.shift.any())
             for layer in step.layers:
                 weight = rounded(models.weight(layer.name))
@@ -136,7 +137,7 @@ def test_a_part_of_the_layers_and_no_dense_model():
             ((name, statistic),) = walk.collect().items()
             rows = inputs_of(models.copy, models.windows, [name])[name]
             close(statistic.gram.matrix, rows.T @ rows)
-            assert (statistic.shift, statistic.drift, statistic.note) == (None, None, "")
+            assert (statistic.shift, statistic.note) == (None, "")
             walk.replace(step.layers[0].name, rounded(models.weight(step.layers[0].name)))
             steps.append((name, step.layers[0].kind))
     # up's input is named after gate, which receives it first and is not among the layers.
@@ -204,33 +205,15 @@ def test_blocks_that_work_in_place_are_run_on_clones():
                 weight_matrix(by_hand.get_submodule(layer.name)).copy_(rounded(models.weight(layer.name), 0.5))
 
 
-def test_token_weights():
-    models = pair("llama")
-    weights = torch.rand(models.windows.shape, generator=torch.Generator().manual_seed(3))
-    with models.walk(token_weights=weights.split(4)) as walk:
-        for index, step in enumerate(walk):
-            if index == 2:
-                ((name, statistic),) = walk.collect().items()
-                break
-            for layer in step.layers:
-                walk.replace(layer.name, rounded(models.weight(layer.name)))
-        new, old = (inputs_of(m, models.windows, [name])[name] for m in (models.copy, models.dense))
-    scaled = new * weights.reshape(-1, 1)
-    close(statistic.gram.matrix, scaled.T @ new)
-    close(statistic.cross, scaled.T @ old)
-    assert not statistic.note
-
-
-def test_token_weights_do_not_reach_experts_and_it_says_so():
+def test_an_expert_sees_its_own_tokens_and_says_so():
     models = Pair(Toy(Routed()), torch.arange(40).reshape(4, 10))
-    weights = [torch.full((4, 10), 3.0)]
-    with models.walk(token_weights=weights) as walk:
+    with models.walk() as walk:
         router, experts = [walk.collect() for _ in walk]
     rows = inputs_of(models.dense, models.windows, ["layers.0.router", "layers.0.experts.0"])
-    close(router["layers.0.router"].gram.matrix, 3 * rows["layers.0.router"].T @ rows["layers.0.router"])
+    close(router["layers.0.router"].gram.matrix, rows["layers.0.router"].T @ rows["layers.0.router"])
     first = experts["layers.0.experts.0"]
     close(first.gram.matrix, rows["layers.0.experts.0"].T @ rows["layers.0.experts.0"])
-    assert first.note == f"{UNWEIGHTED}; {ROUTED}"
+    assert first.note == ROUTED
     never = experts["layers.0.experts.2"]
     assert (never.n_tokens, never.shift, bool(never.gram.matrix.any())) == (0, None, False)
     assert ROUTED in never.note
@@ -288,23 +271,6 @@ def test_the_dense_outputs_as_target_lower_the_error_of_a_compressed_model():
     assert outcome(1.0) < 0.98 * outcome(0.0)
 
 
-def test_the_error_against_the_dense_outputs():
-    models = pair("qwen2")
-    with models.walk(drift=True) as walk:
-        for step in walk:
-            found = walk.collect()
-            new, old = (inputs_of(m, models.windows, found) for m in (models.copy, models.dense))
-            for layer in step.layers:
-                weight, statistic = models.weight(layer.name), found[layer.source]
-                stored = rounded(weight)
-                walk.replace(layer.name, stored)
-                matrices = (statistic.gram.matrix, statistic.shift, statistic.drift.matrix)
-                dense = old[layer.source] @ weight.double()
-                wrong = dense - new[layer.source] @ stored.double()
-                expected = (float(wrong.square().sum()), float(dense.square().sum()))
-                assert sequential_errors(*matrices, weight, stored) == pytest.approx(expected, rel=1e-3)
-
-
 def test_an_error_inside_the_walk_cleans_up():
     models = pair("llama")
     with torch.no_grad():
@@ -325,8 +291,8 @@ def test_an_error_on_the_way_in_cleans_up():
     def fail(batch):
         raise ArithmeticError("in the dense model, when the copy's passes have begun")
 
-    call = forward_call(models.copy, CPU)
-    walk = SequentialWalk(models.copy, call, models.mapped, models.batches, models.example, models.dense, fail)
+    dense = WalkedModel(models.dense, fail)
+    walk = SequentialWalk(walked(models.copy), models.mapped, models.batches, models.example, dense)
     with pytest.raises(ArithmeticError, match="begun"), walk:
         pass
     assert not models.hooks()
@@ -334,16 +300,11 @@ def test_an_error_on_the_way_in_cleans_up():
 
 def test_misuse_is_refused():
     models = pair("llama")
-    call = forward_call(models.copy, CPU)
-    arguments = (models.copy, call, models.mapped, models.batches, models.example)
-    with pytest.raises(ValueError, match="together"):
-        SequentialWalk(*arguments, dense=models.dense)
+    arguments = (walked(models.copy), models.mapped, models.batches, models.example)
     with pytest.raises(ValueError, match="deep copy"):
-        SequentialWalk(*arguments, dense=models.copy, dense_call=call)
+        SequentialWalk(*arguments, dense=walked(models.copy))
     with pytest.raises(ValueError, match="no layer"):
-        SequentialWalk(*arguments, dense=tiny_model("gpt2"), dense_call=call)
-    with pytest.raises(ValueError, match="1 token weights were given for 2 batches"):
-        models.walk(token_weights=[torch.ones(4, 24)])
+        SequentialWalk(*arguments, dense=walked(tiny_model("gpt2")))
     with pytest.raises(ValueError, match="inside its context"):
         next(iter(models.walk()))
     with models.walk() as walk:

@@ -15,7 +15,7 @@ from cospadi.errors import CheckpointError, NumericalError
 
 def filled(seed=0, n_tokens=7, **options):
     generator = torch.Generator().manual_seed(seed)
-    wanted = {"weighted": True, "output_grams": True, "note": "a loss", **options}
+    wanted = {"weighted": True, "note": "a loss", **options}
     statistics = SourceStatistics("b.q", 4, {"b.q": 3, "b.k": 2}, **wanted)
     x = torch.randn(n_tokens, 4, generator=generator, dtype=torch.float64)
     gradients = {n: torch.randn(n_tokens, w, generator=generator, dtype=torch.float64) for n, w in WIDTHS.items()}
@@ -24,7 +24,7 @@ def filled(seed=0, n_tokens=7, **options):
     weights = sum(statistics.layers[name].add(g) for name, g in gradients.items())
     for name in gradients:
         statistics.layers[name].n_tokens += n_tokens
-    if statistics.has_weighted_gram:
+    if statistics._weighted is not None:
         statistics.add_weighted(x, weights)
     return statistics, x, gradients
 
@@ -47,12 +47,11 @@ def test_merging_gives_the_moments_of_all_tokens(left_tokens, right_tokens, seed
     for name, g in gradients.items():
         assert left.layers[name].n_tokens == count
         torch.testing.assert_close(left.squares(name), (g * g).mean(0))
-        torch.testing.assert_close(left.output_gram(name), g.T @ g / count)
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"note": "another loss"}, {"weighted": False}, {"output_grams": False}, {"grams": False}],
+    [{"note": "another loss"}, {"weighted": False}, {"grams": False}],
     ids=lambda other: next(iter(other)),
 )
 def test_statistics_of_another_kind_do_not_merge(other):
@@ -74,13 +73,12 @@ def test_save_and_load_are_exact(tmp_path, options):
     assert list(again.layers) == ["b.q", "b.k"]
     for name, own in statistics.layers.items():
         assert torch.equal(again.squares(name), statistics.squares(name))
-        assert torch.equal(again.output_gram(name), statistics.output_gram(name))
-        assert again.layers[name].n_tokens == own.n_tokens == again.layers[name].gram.n_tokens == 7
-    assert again.has_weighted_gram == statistics.has_weighted_gram
+        assert again.layers[name].n_tokens == own.n_tokens == 7
+    assert (again._weighted is None) == (statistics._weighted is None)
     if statistics.gram is not None:
         assert torch.equal(again.gram.matrix, statistics.gram.matrix)
         assert again.gram.n_tokens == 7
-    if statistics.has_weighted_gram:
+    if statistics._weighted is not None:
         assert torch.equal(again.weighted_gram().matrix, statistics.weighted_gram().matrix)
     again.merge(statistics)
     assert again.n_tokens == 14
@@ -134,11 +132,10 @@ def test_bad_gradients_stop_with_the_layers_name(bad):
 
 
 def test_nothing_collected_is_zero_and_counts_no_tokens():
-    empty = SourceStatistics("e", 3, {"e": 2}, weighted=True, output_grams=True)
+    empty = SourceStatistics("e", 3, {"e": 2}, weighted=True)
     empty.n_tokens += 10
     assert empty.layers["e"].n_tokens == empty.gram.n_tokens == empty.weighted_gram().n_tokens == 0
     assert not empty.squares("e").any()
-    assert not empty.output_gram("e").any()
     assert not empty.weighted_gram().matrix.any()
     # Tokens came, and the loss does not depend on the layer.
     empty.add_inputs(torch.ones(5, 3))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from cospadi.calibration.sensitivity import walk_statistics
+
 WIDTH = 6
 
 
@@ -93,3 +95,11 @@ class Ungraded(nn.Module):
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
         return self.only(hidden)
+
+
+def collect_statistics(*args, **options):
+    """The statistics of all layers at once, by source; see ``walk_statistics``."""
+    found = {}
+    for statistics in walk_statistics(*args, **options):
+        found.update(statistics)
+    return found

@@ -1,5 +1,7 @@
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,18 +57,31 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compressed(tiny_model, tmp_path_factory):
-    """The checkpoint that ``compress`` makes of the tiny model."""
-    out = tmp_path_factory.mktemp("checkpoint") / "out"
-    result = CliRunner().invoke(main, [*compress_command(tiny_model, out), "--quiet"])
+def compression(tiny_model, tmp_path_factory):
+    """The one compression of the tiny model that tests share: its result, checkpoint, log and events."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    out, log, events = folder / "out", folder / "run.log", folder / "run.jsonl"
+    log.write_text("before\n")
+    files = ["--log-file", str(log), "--events", str(events)]
+    result = CliRunner().invoke(main, compress_command(tiny_model, out, *files))
     assert result.exit_code == 0, result.output
-    return out
+    return SimpleNamespace(result=result, out=out, log=log, events=events, report=read_report(out))
+
+
+@pytest.fixture(scope="session")
+def compressed(compression):
+    """The checkpoint that ``compress`` makes of the tiny model."""
+    return compression.out
 
 
 @pytest.fixture
 def fresh(compressed, tmp_path):
     """A copy of the checkpoint that a test may damage."""
     return Path(shutil.copytree(compressed, tmp_path / "copy"))
+
+
+def read_report(out):
+    return json.loads((Path(out) / "report.json").read_text())
 
 
 def compress_command(model, out, *more):

@@ -7,7 +7,6 @@ import sys
 import tracemalloc
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from cospadi.files.lock import Lock
@@ -52,33 +51,18 @@ def test_broken_files_leave_with_1(refused, model):
     refused(1, [name, "NaN"])
     path.write_bytes(whole[:-10])
     refused(1, ["model.safetensors", "ends at byte"])
-    path.write_bytes(b"\xff" * 7 + b"\x7f" + whole[8:])
-    refused(1, ["model.safetensors", "header's length"])
     path.unlink()
     refused(1, ["model.safetensors", "is missing"])
-    path.write_bytes(whole)
-    edit_config(model, hidden_size=10**9)
-    refused(1, ["config.json", "parameters"])
-    edit_config(model, hidden_size="48")
-    refused(1, ["hidden_size", "expected int"])
     (model / "config.json").write_text("{")
     refused(1, ["config.json", "not valid JSON"])
 
 
-def test_models_that_are_not_for_compressing_leave_with_2(refused, model, tmp_path):
+def test_code_in_a_model_folder_leaves_with_2_and_is_not_run(refused, model, tmp_path):
     mark = tmp_path / "code-was-run"
     (model / "modeling_evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
-    before = (model / "config.json").read_text()
     edit_config(model, model_type="evil", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
     refused(2, ["'evil'", "code from a model's folder is never run"])
     assert not mark.exists()
-    (model / "config.json").write_text(before)
-    edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(2, ["already quantised"])
-    (model / "config.json").write_text(before)
-    (model / "model.safetensors").unlink()
-    torch.save({}, model / "pytorch_model.bin")
-    refused(2, ["pytorch_model.bin", "pickle"])
 
 
 def test_a_missing_tokenizer_leaves_with_2(refused, model):
@@ -87,13 +71,12 @@ def test_a_missing_tokenizer_leaves_with_2(refused, model):
     refused(2, ["no usable tokenizer"])
 
 
-@pytest.mark.parametrize("option", ["--calibration", "--eval-text"])
-def test_texts_that_are_none_leave_with_2(refused, tmp_path, option):
+def test_evaluation_texts_that_cannot_be_used_leave_with_2(refused, tmp_path):
     text = tmp_path / "text.txt"
     for content, words in ((b"", ["0 tokens"]), (b"text \xff\xfe", ["not UTF-8"])):
         text.write_bytes(content)
-        refused(2, words, option, text)
-    refused(2, ["cannot be read"], option, tmp_path)
+        refused(2, words, "--eval-text", text)
+    refused(2, ["cannot be read"], "--eval-text", tmp_path)
 
 
 def test_a_huge_text_is_not_read_to_its_end(refused, model, tmp_path):
@@ -116,7 +99,6 @@ def test_places_that_cannot_be_used_leave_with_2(refused, model, tmp_path):
     refused(2, ["lies in the folder of a model"], out=model / "out")
     (tmp_path / "file").write_text("mine")
     refused(2, ["is a file"], out=tmp_path / "file")
-    refused(2, ["is a file"], out=tmp_path / "file" / "below")
 
 
 def test_a_folder_in_use_names_the_process(refused, tmp_path):
@@ -133,7 +115,6 @@ def test_a_folder_in_use_names_the_process(refused, tmp_path):
     ("arguments", "words"),
     [
         (["--workers", "0"], ["--workers", "x>=1"]),
-        (["--threads", "0"], ["--threads", "x>=1"]),
         (["--max-memory", "0"], ["size '0'", "8GiB"]),
         (["--max-memory", "1MiB"], ["too little", "needs at least"]),
         (["--samples", "0"], ["samples=0", "greater than or equal to 1"]),

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from cospadi_cli.render import size
+from cospadi_cli.console import size
+
+from tests.cli.conftest import error_line
 
 
 def test_eval_compares_with_a_baseline(run, tiny_model, compressed, home):
@@ -23,6 +25,22 @@ def test_eval_compares_with_a_baseline(run, tiny_model, compressed, home):
     table = run("eval", compressed, "--baseline", tiny_model, *options).stdout
     for words in ("token perplexity", "93 tokens in windows of 32, in float32; 4 questions", "multiple choice"):
         assert words in table
+
+
+def test_eval_within_a_limit_finds_the_same(run, tiny_model, compressed):
+    options = ["--tokens", 96, "--window", 32, "--json"]
+    whole = json.loads(run("eval", compressed, "--baseline", tiny_model, *options).stdout)
+    result = run("eval", compressed, "--baseline", tiny_model, *options, "--max-memory", "64GiB", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == whole
+    assert whole["compressed"]["perplexity"] != whole["baseline"]["perplexity"]
+
+
+def test_eval_refuses_a_limit_that_is_too_low_and_questions_within_one(run, compressed):
+    low = run("eval", compressed, "--tokens", 64, "--window", 32, "--max-memory", "1MiB", "--quiet")
+    assert "max_memory 0.00 GiB is too little" in error_line(low)
+    both = ["--max-memory", "64GiB", "--choices", "embedded", "--tokens", 64, "--window", 32, "--quiet"]
+    assert "multiple choice" in error_line(run("eval", compressed, *both))
 
 
 def test_inspect_lists_every_group_and_names_the_worst(run, compressed):

@@ -1,9 +1,11 @@
+"""``selftest``: what it prints, and its exit code."""
+
 import json
 
 import pytest
 
-from cospadi.backends.selftest import run_checks as selftest
-from cospadi.backends.selftest.findings import Check
+from cospadi.backends import selftest
+from cospadi.backends.selftest import Check, gpu
 from tests.cli.conftest import error_line
 
 
@@ -24,7 +26,7 @@ def test_the_backends_of_the_cpu_pass_and_the_rest_is_skipped_with_reasons(run):
     assert set(BACKENDS.names()) <= {one["subject"] for one in checks}
     assert all(one["detail"] for one in checks if one["verdict"] == "skipped")
     assert not any(one["cases"] for one in checks if one["verdict"] == "skipped")
-    assert {one["check"] for one in checks} >= set(selftest.gpu_checks.NAMES)
+    assert {one["check"] for one in checks} >= set(gpu.NAMES)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.cli.conftest import error_line
 RECIPE = json.dumps(CompressionConfig(ratio=0.35, solver="htp").to_dict())
 PRINT = {"model": "a", "calibration": "b", "recipe": RECIPE, "versions": "{}"}
 COMMAND = "cospadi-cli compress model -o out"
-UNITS = ["layers.0.q", "layers.0.k", "layers.1.q"]
+GROUPS = ["layers.0.q", "layers.0.k", "layers.1.q"]
 SOURCES = ["layers.0.q", "layers.1.q", "layers.1.o", "layers.2.q"]
 
 
@@ -38,7 +38,7 @@ def measured(name):
 
 @pytest.fixture
 def begun(home):
-    """A run in the middle of its work: all inputs but two, one of three profiles, one of three units."""
+    """A run in the middle of its work: all inputs but two, one of three profiles, one of three groups."""
     folder = WorkFolder(home / "out", PRINT, resume=False, threads=2)
     kept = Measurements(folder.folder / "measurements", {"model": "a"})
     folder.note("command", COMMAND)
@@ -47,12 +47,12 @@ def begun(home):
     folder.note("measurements", str(kept.folder))
     for name in SOURCES[:2]:
         kept.store(measured(name))
-    folder.note("profiles", [str(kept.text_path(name, {})) for name in UNITS])
-    kept.keep_text(UNITS[0], {}, "text")
+    folder.note("profiles", [str(kept.text_path(name, {})) for name in GROUPS])
+    kept.keep_text(GROUPS[0], {}, "text")
     folder.note("corrections", [])
-    folder.note("plan", [{"name": name, "kind": "factors", "cost": 1.0} for name in UNITS])
+    folder.note("plan", [{"name": name, "kind": "factors", "cost": 1.0} for name in GROUPS])
     folder.note("seconds", {"calibrating": 12.5})
-    folder.store(1, group(UNITS[1]))
+    folder.store(1, group(GROUPS[1]))
     yield folder, kept
     folder.close()
 
@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_and_is_interrupted(run, begun):
     assert found["last_activity"] == max(path.stat().st_mtime for path in records)
     text = run("status", "out").stdout
     assert f"out: running (pid {os.getpid()} on host " in text
-    assert "to go on" not in text
+    assert "to continue" not in text
     folder.close()
     assert shown(run, "out", "--verify") == found | {"state": "interrupted", "process": None}
     text = run("status", "out").stdout
@@ -95,10 +95,10 @@ def test_a_run_that_goes_on_and_is_interrupted(run, begun):
         "some/model",
         "ratio 0.35, solver htp",
         "calibrating",
-        f"to go on: {COMMAND} --resume",
+        f"to continue: {COMMAND} --resume",
     ):
         assert words in text
-    assert "left of solving: layers.0.q, layers.1.q" in text
+    assert "not done in solving: layers.0.q, layers.1.q" in text
     assert not [path for path in folder.folder.rglob("*.tmp")]
 
 
@@ -126,12 +126,12 @@ def test_damaged_records_are_named_and_count_as_left(run, begun):
     tensors.write_bytes(whole[:-1])
     (payload,) = payloads(kept.folder, SOURCES[0])
     payload.write_bytes(payload.read_bytes()[:-1])
-    text = kept.text_path(UNITS[0], {})
+    text = kept.text_path(GROUPS[0], {})
     text.write_bytes(text.read_bytes()[:-1])
     found = shown(run, "out")
-    assert found["damaged"] == [SOURCES[0], text.stem, UNITS[1]]
+    assert found["damaged"] == [SOURCES[0], text.stem, GROUPS[1]]
     assert stages(found) == {"calibrating": (1, 4), "profiling": (0, 3), "solving": (0, 3)}
-    assert "damaged, to be made again: layers.0.q" in run("status", "out").stdout
+    assert "damaged, will be made again: layers.0.q" in run("status", "out").stdout
 
 
 def test_a_flipped_bit_is_found_when_every_record_is_read(run, begun):
@@ -141,10 +141,10 @@ def test_a_flipped_bit_is_found_when_every_record_is_read(run, begun):
         data[-1] ^= 1
         path.write_bytes(data)
     assert shown(run, "out")["damaged"] == []
-    assert shown(run, "out", "--verify")["damaged"] == [SOURCES[0], UNITS[1]]
+    assert shown(run, "out", "--verify")["damaged"] == [SOURCES[0], GROUPS[1]]
 
 
-def test_a_unit_that_is_half_written_is_left_and_not_damaged(run, begun):
+def test_a_group_that_is_half_written_is_left_and_not_damaged(run, begun):
     mark_of(begun[0].folder / "group-00001.safetensors").unlink()
     found = shown(run, "out")
     assert stages(found)["solving"] == (0, 3)
@@ -165,7 +165,7 @@ def test_a_run_that_has_noted_nothing_yet(run, home):
     assert shown(run, "empty")["state"] == "interrupted"
 
 
-STRANGE = [None, 3, "text", [], {}, [3], [[]], [None], {"a": 1}, [{"name": 3}], [{}], "\x1b[2J", {"solving": "x"}, True]
+STRANGE = [None, 3, [], {}, [3], [[]], {"a": 1}, [{"name": 3}], "\x1b[2J", {"solving": "x"}]
 
 
 @pytest.mark.parametrize("value", STRANGE, ids=repr)

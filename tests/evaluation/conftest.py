@@ -2,10 +2,8 @@
 
 import pytest
 
-from cospadi.backends.base import BACKENDS
-from cospadi.backends.cpu import runtime as cpu_runtime
-from cospadi.evaluation.speed import contenders, crossover
-from cospadi.evaluation.speed import single_layers as kernels
+from cospadi.backends import BACKENDS, cpu
+from cospadi.evaluation.speed import contenders, crossover, single_layers
 
 
 class World:
@@ -36,12 +34,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two copies of every layer, and no time spent on the machine's rates."""
+    """Two copies of every layer, a small layer for thresholds, and no time spent on the machine's rates."""
     monkeypatch.setattr(contenders, "n_copies", lambda *_: 2)
     monkeypatch.setattr(crossover, "n_copies", lambda *_: 2)
-    monkeypatch.setattr(kernels, "bandwidth", lambda device: 2e9)
-    monkeypatch.setattr(kernels, "product_rate", lambda device, dtype: 4e9)
-    monkeypatch.setattr(kernels, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(crossover, "_SHAPES", {"cpu": ((64, 48),)})
+    monkeypatch.setattr(single_layers, "bandwidth", lambda device: 2e9)
+    monkeypatch.setattr(single_layers, "product_rate", lambda device, dtype: 4e9)
+    monkeypatch.setattr(single_layers, "cache_bytes", lambda device: 1 << 20)
 
 
 class Priced:
@@ -52,7 +51,7 @@ class Priced:
         self.prices = {}
         linear = contenders._linear
         monkeypatch.setattr(contenders, "_linear", self.wrap(contenders.DENSE, linear))
-        monkeypatch.setattr(cpu_runtime, "dense_bf16", self.wrap(contenders.HANDWRITTEN, linear))
+        monkeypatch.setattr(cpu, "dense_bf16", self.wrap(contenders.HANDWRITTEN, linear))
         for name in ("cpu", "reference", "torch"):
             kind = BACKENDS.get(name)
             monkeypatch.setattr(kind, "multiply", self.method(name, kind.multiply))

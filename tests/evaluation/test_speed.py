@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.errors import UsageError
+from cospadi.evaluation.speed import backend_memory as memory
 from cospadi.evaluation.speed import contenders, machine
-from cospadi.evaluation.speed import kept_bytes as memory
-from cospadi.evaluation.speed.problems import SHAPES, dense_bytes, layer_size, random_inputs, random_layer
+from cospadi.evaluation.speed.random_layers import layer_size, random_inputs, random_layer
 from cospadi.evaluation.speed.timing import Rotation, median_ratio, spread, take_turns
 from cospadi.formats.base import FORMATS
 
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-@pytest.mark.parametrize("value_dtype", ["bfloat16", "float16", "float32", "bfloat14", "int8"])
-@pytest.mark.parametrize("shape", [(64, 48), (33, 70), (576, 192)], ids=str)
+@pytest.mark.parametrize("value_dtype", ["bfloat16", "float32", "bfloat14", "int8"])
+@pytest.mark.parametrize("shape", [(33, 70), (576, 192)], ids=str)
 def test_a_layer_has_exactly_the_bytes_and_non_zeros_that_compression_would_store(shape, value_dtype):
     size = layer_size(shape, 0.3, value_dtype)
     layer = random_layer(size, BF16, CPU)
@@ -33,7 +33,7 @@ def test_a_layer_has_exactly_the_bytes_and_non_zeros_that_compression_would_stor
     assert set((coefficients != 0).sum(dim=0).tolist()) == {size.n_nonzero}
     nbytes = sum(tensor.nbytes for tensor in layer.stored)
     assert 0 <= nbytes - size.stored_bytes <= 1  # 14-bit values end within a byte
-    assert nbytes <= 0.7 * dense_bytes(shape)
+    assert nbytes <= 0.7 * 2 * shape[0] * shape[1]
     assert layer.weight.shape == (shape[1], shape[0])
 
 
@@ -59,11 +59,6 @@ def test_factors_depend_on_the_seed_alone():
 def test_layers_that_cannot_be_are_usage_errors(shape, ratio):
     with pytest.raises(UsageError):
         layer_size(shape, ratio)
-
-
-def test_the_named_shapes_are_those_of_the_figures():
-    assert SHAPES["smollm2"] == ((576, 576), (576, 192), (576, 1536), (1536, 576))
-    assert SHAPES["standard"] == ((2048, 2048), (4096, 4096), (4096, 11008))
 
 
 def test_every_turn_goes_on_where_the_last_one_stopped(world):

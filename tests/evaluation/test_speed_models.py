@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cospadi.errors import UsageError
-from cospadi.evaluation.speed import whole_models as endtoend
+from cospadi.evaluation.speed import whole_models
 from tests.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -20,11 +20,11 @@ def checkpoint(tmp_path_factory):
 
 def settings_of(made, **changed):
     few = {"dtypes": (F32,), "prompt_tokens": 12, "new_tokens": 3, "repeats": 3, "backends": ("reference",)}
-    return endtoend.ModelSettings(str(made.folder), **{**few, "memory": False, **changed})
+    return whole_models.ModelSettings(str(made.folder), **{**few, "memory": False, **changed})
 
 
 def test_models_are_measured_by_the_same_loop(checkpoint, world, monkeypatch):
-    from cospadi.evaluation.speed.greedy import Run
+    from cospadi.evaluation.speed.greedy_decoding import Run
 
     prices = {}
 
@@ -42,7 +42,7 @@ def test_models_are_measured_by_the_same_loop(checkpoint, world, monkeypatch):
     timed("prefill", 6.0)
     timed("decode", 1.5)
     told = []
-    found = endtoend.measure_model(settings_of(checkpoint), told.append, world.clock)
+    found = whole_models.measure_model(settings_of(checkpoint), told.append, world.clock).to_dict()
     found = json.loads(json.dumps(found, allow_nan=False))
     dense, compressed = found["rows"]
     assert (dense["contender"], compressed["contender"]) == ("dense", "reference")
@@ -60,7 +60,7 @@ def test_models_are_measured_by_the_same_loop(checkpoint, world, monkeypatch):
 
 
 def test_the_loop_writes_what_generate_writes(checkpoint):
-    from cospadi.evaluation.speed.greedy import Run, random_prompt
+    from cospadi.evaluation.speed.greedy_decoding import Run, random_prompt
 
     model = checkpoint.dense.eval()
     ids = random_prompt([model], 9, 6)
@@ -78,47 +78,47 @@ def test_the_loop_writes_what_generate_writes(checkpoint):
 def test_another_dense_model_can_be_the_baseline(checkpoint, tmp_path):
     checkpoint.dense.save_pretrained(tmp_path / "dense")
     clock = lambda work: (work(), 1.0)[1]  # noqa: E731
-    found = endtoend.measure_model(settings_of(checkpoint, baseline=str(tmp_path / "dense")), clock=clock)
-    assert found["baseline"] == str(tmp_path / "dense")
-    assert [row["logits_difference"] for row in found["rows"]] == [None, None]
-    dense, compressed = found["rows"]
-    assert dense["weight_bytes"] == sum(p.nbytes for p in checkpoint.dense.parameters()) + sum(
+    found = whole_models.measure_model(settings_of(checkpoint, baseline=str(tmp_path / "dense")), clock=clock)
+    assert found.baseline == str(tmp_path / "dense")
+    assert [row.logits_difference for row in found.rows] == [None, None]
+    dense, compressed = found.rows
+    assert dense.weight_bytes == sum(p.nbytes for p in checkpoint.dense.parameters()) + sum(
         b.nbytes for b in checkpoint.dense.buffers()
     )
-    assert compressed["weight_bytes"] != dense["weight_bytes"]
+    assert compressed.weight_bytes != dense.weight_bytes
 
 
 def test_the_memory_of_a_model_is_that_of_a_process(checkpoint):
-    from cospadi.evaluation.speed.loaded import Loaded
+    from cospadi.evaluation.speed.model_variants import ModelVariant
     from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 
-    found = peak_in_a_process(Loaded(str(checkpoint.folder), "reference", "cpu", "float32"), 8, 2)
-    assert 0 < found["before_bytes"] <= found["loaded_bytes"] <= found["peak_bytes"] < 1 << 36
-    assert "high-water" in found["method"]
+    found = peak_in_a_process(ModelVariant(str(checkpoint.folder), "reference", "cpu", "float32"), 8, 2)
+    assert 0 < found.before_bytes <= found.loaded_bytes <= found.peak_bytes < 1 << 36
+    assert "high-water" in found.method
 
 
 def test_what_keeps_a_process_from_loading_is_said(tmp_path):
     from cospadi.errors import CospadiError
-    from cospadi.evaluation.speed.loaded import Loaded
+    from cospadi.evaluation.speed.model_variants import ModelVariant
     from cospadi.evaluation.speed.peak_memory import peak_in_a_process
 
     with pytest.raises(CospadiError, match=r"cannot be measured: .*no such folder"):
-        peak_in_a_process(Loaded(str(tmp_path / "absent"), "reference", "cpu", "float32"), 8, 2)
+        peak_in_a_process(ModelVariant(str(tmp_path / "absent"), "reference", "cpu", "float32"), 8, 2)
 
 
 def test_models_that_cannot_be_measured_are_refused_before_anything_is_loaded(checkpoint, tmp_path, monkeypatch):
     checkpoint.dense.save_pretrained(tmp_path / "dense")
     loaded = []
-    monkeypatch.setattr(endtoend, "open_loaded", lambda wanted: loaded.append(wanted))
+    monkeypatch.setattr(whole_models, "load_variant", lambda wanted: loaded.append(wanted))
     with pytest.raises(UsageError, match="dense model"):
-        endtoend.measure_model(endtoend.ModelSettings(str(tmp_path / "dense")))
+        whole_models.measure_model(whole_models.ModelSettings(str(tmp_path / "dense")))
     with pytest.raises(UsageError, match="no such folder"):
-        endtoend.measure_model(endtoend.ModelSettings(str(tmp_path / "absent")))
+        whole_models.measure_model(whole_models.ModelSettings(str(tmp_path / "absent")))
     with pytest.raises(UsageError, match="unknown backend"):
-        endtoend.measure_model(settings_of(checkpoint, backends=("cudda",)))
+        whole_models.measure_model(settings_of(checkpoint, backends=("cudda",)))
     assert loaded == []
 
 
 def test_more_tokens_than_the_context_are_refused(checkpoint):
     with pytest.raises(UsageError, match="70 tokens of prompt and continuation exceed the model's context of 64"):
-        endtoend.measure_model(settings_of(checkpoint, prompt_tokens=60, new_tokens=10))
+        whole_models.measure_model(settings_of(checkpoint, prompt_tokens=60, new_tokens=10))

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cospadi.backends.base import BACKENDS, Placement
-from cospadi.backends.cpu import runtime as cpu_runtime
+from cospadi.backends.cpu import runtime as cpu_backend
 from cospadi.errors import UnavailableError
 from cospadi.evaluation.speed import crossover
-from cospadi.evaluation.speed.problems import layer_size, random_layer
+from cospadi.evaluation.speed.random_layers import layer_size, random_layer
 
 CPU = torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -60,9 +60,9 @@ def test_crossovers_are_found_and_stored_for_auto(cache, world, small, monkeypat
         world.work(x.shape[0] if kernel else limits[x.dtype])
         return x
 
-    monkeypatch.setattr(cpu_runtime.CpuBackend, "multiply", multiply)
+    monkeypatch.setattr(cpu_backend.CpuBackend, "multiply", multiply)
     told = []
-    found = crossover.measure_crossovers(CPU, 1e9, told.append, world.clock, [(64, 48)], now=lambda: 0.0)
+    found = crossover.measure_crossovers(CPU, 1e9, told.append, world.clock, now=lambda: 0.0)
     assert {one.dtype: one.value for one in found} == {"bfloat16": 24, "float32": 2, "float16": 1024}
     assert all(one.option == "max_tokens" and one.backend == "cpu" for one in found)
     bf16 = found[0].advantage
@@ -72,9 +72,9 @@ def test_crossovers_are_found_and_stored_for_auto(cache, world, small, monkeypat
     assert max(bf16) == 96
     assert max(n for dtype, n in seen if dtype == F32) < 32
     assert len(told) == 3
-    tuning.store_tuned(crossover.to_store(CPU, found))
+    tuning.store_tuned(crossover.tuned_thresholds(CPU, found))
     for dtype, most in ((BF16, 24), (F32, 2), (torch.float16, 1024)):
-        assert AutoBackend().resolve(Placement(CPU, dtype)) == cpu_runtime.CpuBackend(max_tokens=most)
+        assert AutoBackend().resolve(Placement(CPU, dtype)) == cpu_backend.CpuBackend(max_tokens=most)
 
 
 def test_measuring_ends_when_its_time_is_over(world, small, monkeypatch):
@@ -86,15 +86,15 @@ def test_measuring_ends_when_its_time_is_over(world, small, monkeypatch):
         world.work(1.0 if x.shape[0] <= backend.max_tokens else 2.0)
         return x
 
-    monkeypatch.setattr(cpu_runtime.CpuBackend, "multiply", multiply)
-    found = crossover.measure_crossovers(CPU, 60.0, clock=world.clock, shapes=[(64, 48)], now=lambda: world.now)
+    monkeypatch.setattr(cpu_backend.CpuBackend, "multiply", multiply)
+    found = crossover.measure_crossovers(CPU, 60.0, clock=world.clock, now=lambda: world.now)
     # A kernel that always wins: no threshold was found, and none is stored.
     assert len(found) == 3
     for one in found:
         assert one.value is None
         assert max(one.advantage) < 1024
     assert set(found[-1].advantage) >= {1}
-    assert crossover.to_store(CPU, found) == []
+    assert crossover.tuned_thresholds(CPU, found) == []
 
 
 def test_the_two_thresholds_of_a_gpu_are_measured_one_after_the_other(world, small, monkeypatch):

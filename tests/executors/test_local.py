@@ -117,7 +117,7 @@ def test_threads_are_put_back_while_the_caller_handles_a_result_and_after_an_err
 
 def test_threads_of_this_process_are_divided_among_the_workers(monkeypatch):
     for total, workers, expected in ((8, None, 8), (8, 3, 2), (2, 5, 1)):
-        monkeypatch.setattr("cospadi.executors.available_threads", lambda total=total: total)
+        monkeypatch.setattr("cospadi.executors.choose.available_threads", lambda total=total: total)
         assert make_executor("local", device="cpu", workers=workers).threads == expected
 
 

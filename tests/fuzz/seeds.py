@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import torch
-from cospadi_cli.inspect import inspect_checkpoint
+from cospadi_cli.commands.inspect import inspect_checkpoint
 
 from cospadi.formats.base import FORMATS
 from cospadi.formats.checkpoint import CheckpointConfig, ShardWriter

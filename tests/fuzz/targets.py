@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cospadi_cli.inspect import inspect_checkpoint
+from cospadi_cli.commands.inspect import inspect_checkpoint
 
 from cospadi.errors import CheckpointError
 from cospadi.formats.base import FORMATS, PackedCoefficients

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from click.testing import CliRunner
-from cospadi_cli.inspect import inspect_checkpoint
+from cospadi_cli.commands.inspect import inspect_checkpoint
 from cospadi_cli.main import main
 from transformers import AutoModelForCausalLM
 

@@ -124,7 +124,7 @@ def test_the_embedded_decoder_predicts_english():
     import transformers as tf
 
     from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text, token_windows
-    from cospadi.evaluation.perplexity import perplexity
+    from cospadi.evaluation import perplexity
 
     folder = embedded_model()
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)

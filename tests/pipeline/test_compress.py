@@ -29,8 +29,17 @@ def digests(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != "run.json"}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("groups", ["none", "natural", "consecutive:2"])
+@pytest.mark.parametrize(
+    ("architecture", "groups"),
+    [
+        *((architecture, "natural") for architecture in ARCHITECTURES),
+        *(
+            (architecture, groups)
+            for architecture in ("llama", "gpt2", "mixtral")
+            for groups in ("none", "consecutive:2")
+        ),
+    ],
+)
 def test_every_architecture_compresses_reloads_and_matches(architecture, groups, tmp_path):
     model, windows = tiny_model(architecture), token_windows()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -109,6 +118,7 @@ def test_solvers_swap_in_one_word(solver, tmp_path):
 KNAPSACK = {"allocation": "knapsack", "column_weights": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, KNAPSACK], ids=["uniform", "knapsack"])
 def test_the_same_run_gives_the_same_bytes_and_measurements_can_be_reused(options, tmp_path):
     model, windows, config = tiny_model("llama"), token_windows(), recipe(**options)
@@ -120,6 +130,7 @@ def test_the_same_run_gives_the_same_bytes_and_measurements_can_be_reused(option
     assert not any(isinstance(event, Calibrated) for event in events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 3, 8])
 @pytest.mark.parametrize("groups", ["natural", "consecutive:2"])
 def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(stop_after, groups, tmp_path):

@@ -46,6 +46,7 @@ def run():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_killed_at_any_write_a_resumed_run_gives_the_same_bytes(run, tmp_path):
     code, n_writes = run(tmp_path / "whole")
     assert code == 0

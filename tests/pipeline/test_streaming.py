@@ -16,7 +16,7 @@ from cospadi.pipeline.stages import compress
 from cospadi.pipeline.statistics_store import Measurements
 from cospadi.recipe.options import CalibrationConfig, CompressionConfig
 from cospadi.recipe.resources import Execution
-from tests.helpers import ARCHITECTURES, tiny_model, token_windows
+from tests.helpers import tiny_model, token_windows
 from tests.pipeline.test_compress import digests
 
 WINDOWS = token_windows(5, 8)
@@ -96,7 +96,7 @@ def check_all_ways(architecture, config, saved, tmp_path, monkeypatch, spilled):
     assert digests(tmp_path / "streamed") == expected
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "opt", "gemma3", "mixtral", "bert"])
 def test_every_architecture_gives_the_same_bytes_block_by_block(architecture, saved, tmp_path, monkeypatch, spilled):
     """The one recipe with a way forwards, a way back, and two models in step."""
     config = recipe({"order": "sequential", "mixing": 0.5}, column_weights=True)
@@ -110,6 +110,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama-tied", "qwen3-moe"])
 @pytest.mark.parametrize("way", RECIPES)
 def test_every_way_of_calibrating_gives_the_same_bytes(way, architecture, saved, tmp_path, monkeypatch, spilled):
@@ -139,7 +140,7 @@ def test_the_least_limit_is_enough_and_is_told(saved, tmp_path, monkeypatch, spi
     """With nothing else in the process; as many windows as take more memory than the largest group."""
     folder, _ = saved("llama")
     config, windows, given = recipe(column_weights=True), token_windows(40, 24), []
-    monkeypatch.setattr("cospadi.models.host_memory.resident_bytes", lambda: 0)
+    monkeypatch.setattr("cospadi.pipeline.memory_plan.resident_bytes", lambda: 0)
     monkeypatch.setattr(pipeline, "plan_memory", lambda *args: given.append(args) or plan_memory(*args))
 
     def accepts(limit):
@@ -212,6 +213,7 @@ def test_two_runs_that_share_a_cache_leave_each_others_files_alone(saved, tmp_pa
     assert not list((tmp_path / "cache").rglob("*.bin"))
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 2**60])
 def test_workers_give_the_same_bytes(limit, saved, tmp_path):

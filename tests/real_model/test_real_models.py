@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
+from cospadi_cli.main import main
 
 import cospadi
 from cospadi.calibration.data import EMBEDDED_EVALUATION, read_text, token_windows
-from cospadi.evaluation.perplexity import perplexity
+from cospadi.evaluation import perplexity
 from cospadi.models.dense_model import open_model
 from cospadi.models.embedded import embedded_encoder
 from cospadi.pipeline.stages import compress
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 
 def cli(*arguments):
-    return subprocess.run([sys.executable, "-m", "cospadi_cli", *map(str, arguments)], capture_output=True, text=True)
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_smollm2_two_blocks_end_to_end_by_the_command_line(tmp_path):
@@ -27,7 +29,7 @@ def test_smollm2_two_blocks_end_to_end_by_the_command_line(tmp_path):
     options = ["--ratio", 0.2, "--samples", 8, "--seq-len", 128, "--eval-tokens", 1024]
     options += ["--storage", "factors", "--value-dtype", "bfloat16"]
     done = cli("compress", "-o", out, *options, "--include", "*.layers.1[01].*", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     totals = report["totals"]
     assert totals["n_layers"] + len(report["kept_dense"]) == 14
@@ -54,7 +56,7 @@ def test_smollm2_two_blocks_end_to_end_by_the_command_line(tmp_path):
     assert float(total) == pytest.approx(expected, rel=1e-3)
 
     dense = tmp_path / "dense"
-    assert cli("decompress", out, "-o", dense).returncode == 0
+    assert cli("decompress", out, "-o", dense).exit_code == 0
     windows = token_windows(AutoTokenizer.from_pretrained(out), read_text(None, EMBEDDED_EVALUATION), 128, 4)
     small = perplexity(cospadi.load(out, dtype=torch.float32), windows).token
     large = perplexity(open_model(dense, torch.device("cpu")).model, windows).token

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.errors import NumericalError, UsageError
-from cospadi.whitening.square_root import corrected_weight, output_errors, sequential_errors, whitening_from_gram
+from cospadi.whitening.square_root import corrected_weight, output_errors, whitening_from_gram
 
 
 def sample(seed, tokens, width):
@@ -169,18 +169,3 @@ def test_bad_corrections_are_refused():
     whitening = whitening_from_gram(new.T @ new, 20)
     with pytest.raises(NumericalError, match="shift"):
         corrected_weight(weight, whitening, torch.full((3, 3), float("inf")))
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 30))
-def test_the_error_against_the_dense_outputs_comes_from_three_matrices(seed, width, tokens):
-    old, new, weight = shifted(seed, tokens, width)
-    other, away = sample(seed + 2, 1, width)[1], old - new
-    found = sequential_errors(new.T @ new, new.T @ away, away.T @ away, weight, other)
-    expected = (float((old @ weight - new @ other).square().sum()), float((old @ weight).square().sum()))
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
-
-
-def test_without_tokens_the_errors_are_those_of_the_weights():
-    weight, zeros = sample(0, 1, 4)[1], torch.zeros(4, 4, dtype=torch.float64)
-    assert sequential_errors(zeros, zeros, zeros, weight, 2 * weight) == output_errors(zeros, weight, 2 * weight)

@@ -1,4 +1,5 @@
 /* Vectors of 8 floats: AVX2, FMA and F16C.  The expansion is a shuffle that a table of the 256 masks gives. */
+#include "job.h"
 #include <immintrin.h>
 
 #define LANES 8

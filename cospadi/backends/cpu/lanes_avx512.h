@@ -1,4 +1,5 @@
 /* Vectors of 16 floats: AVX-512 F, BW, VL, VBMI2 (expand), BF16 and VNNI (products of pairs). */
+#include "job.h"
 #include <immintrin.h>
 
 #define LANES 16

@@ -1,4 +1,5 @@
 /* Eight floats in two vectors: NEON of 64-bit Arm.  The expansion is a table lookup that a table of the 256 masks gives. */
+#include "job.h"
 #include <arm_neon.h>
 
 #define LANES 8

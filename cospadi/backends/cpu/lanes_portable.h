@@ -1,4 +1,6 @@
 /* Eight numbers in plain C, for processors without a path of their own. */
+#include "job.h"
+
 #define LANES 8
 typedef struct { float at[LANES]; } lanes;
 

@@ -1,4 +1,10 @@
 /* Conversions of single numbers and of whole rows; to nearest even, as torch rounds. */
+#ifndef COSPADI_NUMBERS_H
+#define COSPADI_NUMBERS_H
+
+#include "macros.h"
+
+enum kind { BF16, F16, F32, INT8 };
 
 INLINE float from_bits(uint32_t bits) {
     float value;
@@ -53,3 +59,5 @@ static void widen(const void *values, int64_t kind, int64_t offset, int64_t coun
     for (int64_t i = 0; i < count; i++) row[i] = number_at(values, kind, offset + i);
     for (int64_t i = count; i < stride; i++) row[i] = 0.0f;
 }
+
+#endif

@@ -3,6 +3,8 @@
  * bf16: weights and activations are bfloat16, sums float32.  int16: weights are 8-bit integers, activations 16-bit
  * integers with a scale per token, sums exact in 32 bits over BLOCK numbers and float32 beyond.
  */
+#include "run.h"
+
 #define IS_BF16 JOIN(IS, PAIRS)
 #define IS_bf16 1
 #define IS_int16 0

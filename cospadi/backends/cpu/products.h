@@ -5,6 +5,7 @@
  * expand(kind, values, bits): the next numbers at the places of the bits that are set, zeros elsewhere;
  * store_lanes(kind, values, index, count, a).
  */
+#include "run.h"
 
 INLINE void project_some(const struct run *run, int64_t first, int64_t last, int64_t token, int64_t kind, const int n) {
     const struct dictionary *d = run->job->dictionary;

@@ -11,7 +11,7 @@ such coefficients to 8 bits, when they are prepared.  A layer that is only quant
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class _Dictionary:
 class _Coefficients:
     """``struct coefficients`` of each layer, none where S is the identity, and the tensors whose memory they name."""
 
-    structs: ctypes.Array
+    structs: ctypes.Array[Any]
     addresses: tuple[int, ...]
     widths: tuple[int, ...]
     total: int

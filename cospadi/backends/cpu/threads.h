@@ -1,4 +1,8 @@
 /* Threads of the OpenMP runtime that torch has loaded, and how work is dealt out to them. */
+#ifndef COSPADI_THREADS_H
+#define COSPADI_THREADS_H
+
+#include "macros.h"
 
 /* Entry points, from processor.c; NULL where there is no such runtime. */
 extern void (*openmp_parallel)(void (*body)(void *), void *data, unsigned n_threads, unsigned flags);
@@ -54,3 +58,5 @@ INLINE int take(struct deal *deal, int64_t thread, int64_t *first, int64_t *last
     }
     return 0;
 }
+
+#endif

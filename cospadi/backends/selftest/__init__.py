@@ -1,4 +1,4 @@
-"""Checks of the backends on the machine at hand: what the tests of the package cannot run without its GPU."""
+"""Checks of the backends on this machine, for instance on a GPU that the tests of the package do not have."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Dense and compressed products, ready to be called on copies of their weights that no cache holds."""
+"""Dense and compressed products, prepared on as many copies of their weights as keep them out of the cache."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cospadi.backends import BACKENDS, Backend, Placement
-from cospadi.evaluation.speed.kept_bytes import extra_bytes
-from cospadi.evaluation.speed.problems import Layer
+from cospadi.evaluation.speed.backend_memory import extra_bytes
+from cospadi.evaluation.speed.random_layers import Layer
 from cospadi.evaluation.speed.timing import Call, Rotation
 
 DENSE = "dense torch"
@@ -41,7 +41,7 @@ class Contender:
     stored_bytes : int
         Of the weights as stored.
     extra_bytes : int
-        What a backend keeps besides.
+        Kept by the backend besides.
     operations : int
         Of two dense products (or one) for one token.
     graph : bool
@@ -60,7 +60,7 @@ class Contender:
 def contenders_of(
     layer: Layer, backends: Mapping[str, Backend], placement: Placement, last_cache: int
 ) -> list[Contender]:
-    """Prepare the dense products and the backends on as many copies as it takes to keep the weights out of the cache.
+    """Prepare the dense products and the backends, on enough copies to keep the weights out of the cache.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def n_copies(smallest: int, per_copy: int, last_cache: int, device: torch.device
 
 
 def graphed(calls: Sequence[Call], device: torch.device) -> Rotation:
-    """Capture all calls in one CUDA graph, so that a replay goes through all copies; not yet run on a GPU."""
+    """Capture all calls in one CUDA graph, so that a replay goes through all copies."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""The numbers of tokens from which on dense products are better than the kernels that read packed coefficients."""
+"""The numbers of tokens up to which kernels that read packed coefficients are faster than dense products."""
 
 import math
 import time
@@ -8,14 +8,15 @@ from functools import partial
 
 import torch
 
+from cospadi.arrays import dtype_name
 from cospadi.backends import BACKENDS, Placement, Tuned, tuned
 from cospadi.errors import UnavailableError
 from cospadi.evaluation.speed.contenders import n_copies, prepare, products
 from cospadi.evaluation.speed.machine import cache_bytes
-from cospadi.evaluation.speed.problems import Layer, Shape, layer_size, random_inputs, random_layer
+from cospadi.evaluation.speed.random_layers import Layer, Shape, layer_size, random_inputs, random_layer
 from cospadi.evaluation.speed.timing import Clock, Rotation, clock_of, median_ratio, take_turns
 
-SHAPES: dict[str, tuple[Shape, ...]] = {"cpu": ((576, 1536), (2048, 2048)), "cuda": ((4096, 4096), (4096, 14336))}
+_SHAPES: dict[str, tuple[Shape, ...]] = {"cpu": ((576, 1536), (2048, 2048)), "cuda": ((4096, 4096), (4096, 14336))}
 DTYPES = {
     "cpu": (torch.bfloat16, torch.float32, torch.float16),
     "cuda": (torch.bfloat16, torch.float16),
@@ -23,9 +24,9 @@ DTYPES = {
 TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _RATIO = 0.3
 _LOST, _LOST_AFTER = 0.9, 3
-"""An advantage that noise does not turn into one above 1 three times in a row."""
+"""Below this advantage, so many times in a row, the kernel has lost; noise alone would not do that."""
 _ALWAYS = 1 << 30
-"""More tokens than there are: a threshold that leaves no choice."""
+"""More tokens than any call has: with this threshold the kernel is always chosen."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,22 @@ def measure_crossovers(
     seconds: float = 100.0,
     tell: Callable[[str], None] = lambda text: None,
     clock: Clock | None = None,
-    shapes: Sequence[Shape] = (),
     now: Callable[[], float] = time.monotonic,
 ) -> list[Crossover]:
-    """Measure the thresholds of the backend that is made for a device.
+    """Measure the thresholds of a device's backend.
 
     Parameters
     ----------
     device : torch.device
         A CPU or an NVIDIA GPU.
     seconds : float
-        For all of it, about; when they are spent, larger numbers of tokens are left out.
+        Approximate time for the whole measurement; larger numbers of tokens are left out when it is spent.
     tell : callable
         Receives a line per threshold.
     clock : Clock, optional
-        That of the device by default.
-    shapes : sequence of (in_features, out_features), optional
+        By default that of the device.
     now : callable
-        Tells the time in seconds, for the limit.
+        Gives the time in seconds, for the limit.
 
     Returns
     -------
@@ -82,7 +81,7 @@ def measure_crossovers(
     UnavailableError
         The backend cannot run.
     """
-    if device.type not in SHAPES:
+    if device.type not in _SHAPES:
         raise UnavailableError(f"device {str(device)!r} has no backend with thresholds: give cpu or cuda")
     state = BACKENDS.availability(device.type)
     if not state:
@@ -92,7 +91,7 @@ def measure_crossovers(
     found: list[Crossover] = []
     until = now()
     for dtype in dtypes:
-        sizes = [layer_size(shape, _RATIO) for shape in shapes or SHAPES[device.type]]
+        sizes = [layer_size(shape, _RATIO) for shape in _SHAPES[device.type]]
         layers = [random_layer(size, dtype, device) for size in sizes]
         known: dict[str, int] = {}
         for option in options:
@@ -101,22 +100,23 @@ def measure_crossovers(
             go_on = partial(_before, until, now)
             measured = _advantages(layers, ways, Placement(device, dtype), clock or clock_of(device), go_on)
             value = threshold(measured)
+            where = f"{device.type}, {dtype_name(dtype)}"
             if value == max(measured) < TOKENS[-1]:
-                # The shipped threshold is a better guess than where the time happened to end.
-                found.append(Crossover(device.type, option, _name(dtype), None, measured))
+                # The shipped threshold is a better guess than the number of tokens at which the time was spent.
+                found.append(Crossover(device.type, option, dtype_name(dtype), None, measured))
                 tell(
-                    f"{device.type}, {_name(dtype)}: {option} is left as it is: still ahead at {value} tokens when the "
-                    "time was spent; give more --seconds"
+                    f"{where}: {option} is left as it is: still ahead at {value} tokens when the time was spent; "
+                    "give more --seconds"
                 )
-                continue
-            known[option] = value
-            found.append(Crossover(device.type, option, _name(dtype), value, measured))
-            tell(f"{device.type}, {_name(dtype)}: {option} = {value}")
+            else:
+                known[option] = value
+                found.append(Crossover(device.type, option, dtype_name(dtype), value, measured))
+                tell(f"{where}: {option} = {value}")
     return found
 
 
-def to_store(device: torch.device, found: Sequence[Crossover]) -> list[Tuned]:
-    """Join the thresholds of each dtype for ``tuning.store``; those that were not found are left out."""
+def tuned_thresholds(device: torch.device, found: Sequence[Crossover]) -> list[Tuned]:
+    """Join the thresholds of each dtype for ``store_tuned``; those that were not found are left out."""
     options: dict[tuple[str, str], dict[str, int]] = {}
     for one in found:
         if one.value is not None:
@@ -125,7 +125,7 @@ def to_store(device: torch.device, found: Sequence[Crossover]) -> list[Tuned]:
 
 
 def ways_of(option: str, options: Sequence[str], known: Mapping[str, int]) -> dict[int, dict[str, int]]:
-    """Give a backend's options with and without the kernel that one option limits; the others are the best known."""
+    """Give a backend's options with and without the kernel of one option; the other options keep their known values."""
     others = {other: known.get(other, _ALWAYS) for other in options if other != option}
     return {limit: {**others, option: limit} for limit in (_ALWAYS, 0)}
 
@@ -133,8 +133,8 @@ def ways_of(option: str, options: Sequence[str], known: Mapping[str, int]) -> di
 def threshold(advantage: Mapping[int, float]) -> int:
     """Give the number of tokens up to which to choose the kernel; 0 for never.
 
-    The one for which the product of all times is smallest: noise at a single number of tokens then moves it little,
-    where a search for the first number at which the kernel loses would stop.
+    It minimises the product of all times.  Noise at a single number of tokens changes that little, whereas a search for
+    the first number at which the kernel loses would stop there.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def threshold(advantage: Mapping[int, float]) -> int:
 
 
 def lost(advantage: Mapping[int, float]) -> bool:
-    """Tell whether the kernel is so far behind at the largest numbers of tokens that more would say nothing new."""
+    """Tell whether the kernel is clearly slower at the largest numbers of tokens, so that more need not be tried."""
     last = [advantage[n_tokens] for n_tokens in sorted(advantage)[-_LOST_AFTER:]]
     return len(last) == _LOST_AFTER and max(last) < _LOST
 
@@ -169,7 +169,7 @@ def _advantages(
     for layer in layers:
         count = n_copies(layer.size.stored_bytes, 2 * layer.size.stored_bytes, cache_bytes(device), device)
         copies = [layer, *(layer.copy() for _ in range(count - 1))]
-        # The thresholds decide nothing before a product is asked for, so both ways share what is prepared.
+        # The thresholds have no effect on what is prepared, so both ways share it.
         prepared.append([prepare(backends[_ALWAYS], copy, placement) for copy in copies])
     found: dict[int, float] = {}
     for n_tokens in TOKENS:
@@ -190,7 +190,3 @@ def _advantages(
 
 def _before(until: float, now: Callable[[], float]) -> bool:
     return now() < until
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What the machine can do: its last-level cache, and how fast it reads memory and multiplies matrices."""
+"""Properties of the machine: its last-level cache, memory bandwidth and rate of matrix products."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from cospadi.evaluation.speed.timing import Clock, clock_of
 
 _ASSUMED_CACHE_BYTES = 32 << 20
-"""Last-level cache of a processor that does not tell."""
+"""Taken where the system does not give the size."""
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -32,9 +32,9 @@ def _processor_cache(folder: Path) -> int:
 
 
 def bandwidth(device: torch.device, n_bytes: int = 1 << 28, repeats: int = 25, clock: Clock | None = None) -> float:
-    """Measure how many bytes per second memory gives: the sum of a large tensor on a CPU, a copy on a GPU.
+    """Measure the bytes per second that memory delivers: by the sum of a large tensor on a CPU, by a copy on a GPU.
 
-    The best of the repeats, because it stands for what the machine can do.  Kernels may still be a little above it.
+    The result is the best of the repeats.  A kernel may still be slightly faster.
     """
     clock, big = clock or clock_of(device), torch.ones(n_bytes // 4, device=device)
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def bandwidth(device: torch.device, n_bytes: int = 1 << 28, repeats: int = 25, c
 def product_rate(
     device: torch.device, dtype: torch.dtype, size: int = 0, repeats: int = 5, clock: Clock | None = None
 ) -> float:
-    """Measure how many floating-point operations per second torch's product of two large matrices makes.
+    """Measure the floating-point operations per second of torch's product of two large matrices.
 
     Parameters
     ----------

@@ -4,68 +4,80 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cospadi.errors import CospadiError
-from cospadi.evaluation.speed.greedy import Run, random_prompt
-from cospadi.evaluation.speed.loaded import Loaded, open_loaded
+from cospadi.evaluation.speed.greedy_decoding import Run, random_prompt
+from cospadi.evaluation.speed.model_variants import ModelVariant, load_variant
+from cospadi.models import resident_bytes
 
 
-def peak_in_a_process(wanted: Loaded, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Load a model in a new process, run it once and give what memory it took.
+@dataclass(frozen=True)
+class PeakMemory:
+    """The memory of one model.
 
-    Returns
-    -------
-    dict
-        ``before_bytes``, ``loaded_bytes`` and ``peak_bytes``: resident memory of the process before loading, after it,
-        and at the worst moment of the run; on a GPU what torch has allocated there.  ``method`` says how the worst
-        moment was found.
+    Attributes
+    ----------
+    before_bytes, loaded_bytes, peak_bytes : int
+        Resident memory of the process before loading, after it, and at the worst moment of the run; on a GPU what torch
+        has allocated there.
+    method : str
+        How the worst moment was found.
+    """
+
+    before_bytes: int
+    loaded_bytes: int
+    peak_bytes: int
+    method: str
+
+
+def peak_in_a_process(wanted: ModelVariant, prompt_tokens: int, new_tokens: int) -> PeakMemory:
+    """Load a model in a new process, run it once and give the memory that it took.
 
     Raises
     ------
     CospadiError
         The process failed.
     """
-    job = {"loaded": asdict(wanted), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-    command = [sys.executable, "-m", "cospadi.evaluation.speed.peak_memory", json.dumps(job)]
+    arguments = json.dumps([asdict(wanted), prompt_tokens, new_tokens])
+    command = [sys.executable, "-m", "cospadi.evaluation.speed.peak_memory", arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise CospadiError(f"the memory of {wanted.label} in {wanted.dtype} cannot be measured: {said[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return PeakMemory(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def measure_here(job: dict[str, Any]) -> dict[str, Any]:
+def peak_here(wanted: ModelVariant, prompt_tokens: int, new_tokens: int) -> PeakMemory:
     """Load and run a model in this process; see ``peak_in_a_process``."""
-    wanted = Loaded(**job["loaded"])
     device = torch.device(wanted.device)
     before = _resident(device)
-    model = open_loaded(wanted)
+    model = load_variant(wanted)
     gc.collect()
     loaded = _resident(device)
     method = _forget_peak(device)
-    run = Run(model, random_prompt([model], job["prompt_tokens"], job["new_tokens"]))
+    run = Run(model, random_prompt([model], prompt_tokens, new_tokens))
     run.prefill()
-    run.decode(job["new_tokens"])
-    return {"before_bytes": before, "loaded_bytes": loaded, "peak_bytes": _peak(device), "method": method}
+    run.decode(new_tokens)
+    return PeakMemory(before, loaded, _peak(device), method)
 
 
 def _resident(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _status("VmRSS") or _peak(device)
+    return resident_bytes() or _peak(device)
 
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    found = _status("VmHWM")
-    if found:
-        return found
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="ascii").splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):  # unlike the figure of getrusage, it can be reset
+            return int(line.split()[1]) * 1024
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -73,7 +85,7 @@ def _peak(device: torch.device) -> int:
 
 
 def _forget_peak(device: torch.device) -> str:
-    """Begin to look for the worst moment anew, so that loading, which may hold a model twice, does not count."""
+    """Reset the high-water mark after loading, which may hold a model twice; give the method in words."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return "torch.cuda.max_memory_allocated of the run, without loading"
@@ -84,17 +96,9 @@ def _forget_peak(device: torch.device) -> str:
     return "the process's high-water mark of the run, without loading"
 
 
-def _status(key: str) -> int:
-    """Read a figure of /proc/self/status, in bytes; 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
-
-
 if __name__ == "__main__":
+    variant, *tokens = json.loads(sys.argv[1])
     try:
-        print(json.dumps(measure_here(json.loads(sys.argv[1]))))
+        print(json.dumps(asdict(peak_here(ModelVariant(**variant), *tokens))))
     except CospadiError as error:
         sys.exit(str(error))

@@ -4,146 +4,36 @@ What is timed is ``multiply`` of a prepared backend, without the operator around
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cospadi.arrays import dtype_name
 from cospadi.backends import BACKENDS, Backend, Placement, explain
 from cospadi.errors import NumericalError, UnavailableError
+from cospadi.evaluation.speed.backend_memory import scratch_bytes
 from cospadi.evaluation.speed.contenders import BASELINES, Contender, contenders_of, graphed
-from cospadi.evaluation.speed.dispatch import dispatch
-from cospadi.evaluation.speed.kept_bytes import scratch_bytes
+from cospadi.evaluation.speed.dispatch_overhead import measure_dispatch
+from cospadi.evaluation.speed.layer_figures import (
+    LayerFigures,
+    LayerRow,
+    LayerSettings,
+    MachineRates,
+    SkippedBackend,
+)
 from cospadi.evaluation.speed.machine import bandwidth, cache_bytes, product_rate
-from cospadi.evaluation.speed.problems import LayerSize, Shape, layer_size, random_inputs, random_layer
+from cospadi.evaluation.speed.random_layers import LayerSize, layer_size, random_inputs, random_layer
 from cospadi.evaluation.speed.timing import Clock, Rotation, clock_of, median_ratio, spread, take_turns
 
-METHOD = (
-    "microseconds of backend.multiply on prepared layers, without the operator cospadi::linear; the calls of a turn go "
-    "through copies of the weights, and all contenders have a turn in every repeat; ratios are medians of the ratios "
-    "within a repeat; bandwidth is that of torch's sum of a large tensor on a CPU, of a copy on a GPU"
-)
-
 _WORST_ERROR = 0.1
-"""Relative error beyond which a product is wrong, and its time means nothing."""
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """What to measure.
-
-    Attributes
-    ----------
-    shapes : tuple of (in_features, out_features)
-    ratios : tuple of float
-        Fractions of the bfloat16 bytes that are removed.
-    tokens : tuple of int
-        Numbers of tokens.
-    dtypes : tuple of torch.dtype
-        Of the inputs and of the dense weights.
-    value_dtype : str
-        Of the coefficients, see ``VALUE_BITS``.
-    backends : tuple of str
-        Registry names; empty for all but ``auto`` that can run.
-    device : torch.device
-    repeats : int
-    turn_seconds : float
-        Most seconds of a turn, unless one call takes longer.
-    seed : int
-        Of the random factors and inputs.
-    """
-
-    shapes: tuple[Shape, ...]
-    ratios: tuple[float, ...] = (0.3,)
-    tokens: tuple[int, ...] = (1, 8, 512)
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    value_dtype: str = "bfloat16"
-    backends: tuple[str, ...] = ()
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    repeats: int = 9
-    turn_seconds: float = 0.1
-    seed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON values."""
-        plain = {"dtypes": [_name(dtype) for dtype in self.dtypes], "device": str(self.device)}
-        return asdict(self) | plain
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender on one layer with one number of tokens.
-
-    Attributes
-    ----------
-    layer : str
-        Shape and ratio.
-    in_features, out_features, ratio, n_atoms, n_nonzero, value_dtype
-        See ``LayerSize``.
-    dtype : str
-        Of the input.
-    n_tokens : int
-    contender : str
-        ``dense torch``, ``dense hand-written`` or a backend.
-    mode : {"eager", "graph"}
-        ``graph``: replayed from a CUDA graph.
-    microseconds, low, high : float
-        Median and quartiles over the repeats.
-    times_dense, times_handwritten : float or None
-        How many times faster than each dense product: its time / this time.
-    stored_bytes : int
-        Of the weights as stored.
-    copies : int
-        Through which the calls of a turn go; weights are cold if all of them are more than twice the cache.
-    extra_bytes : int
-        What the backend keeps besides.
-    scratch_bytes : int
-        What the call takes besides its result.
-    gigabytes_per_second : float
-        Stored bytes / time.
-    bandwidth_fraction : float
-        Of the measured bandwidth.
-    product_fraction : float
-        Of the measured rate of dense products, zeros of S counted as work.
-    relative_error : float
-        Against float64 with the same stored numbers.
-    verdict : str
-        ``slower than dense`` where it is; ``slower than own dense`` where it is only faster than torch's product.
-    """
-
-    layer: str
-    in_features: int
-    out_features: int
-    ratio: float
-    n_atoms: int
-    n_nonzero: int
-    value_dtype: str
-    dtype: str
-    n_tokens: int
-    contender: str
-    mode: str
-    microseconds: float
-    low: float
-    high: float
-    times_dense: float | None
-    times_handwritten: float | None
-    stored_bytes: int
-    copies: int
-    extra_bytes: int
-    scratch_bytes: int
-    gigabytes_per_second: float
-    bandwidth_fraction: float
-    product_fraction: float
-    relative_error: float
-    verdict: str
+"""Relative error beyond which a product counts as wrong."""
 
 
 @torch.no_grad()
-def measure_kernels(
+def measure_layers(
     settings: LayerSettings, tell: Callable[[str], None] = lambda text: None, clock: Clock | None = None
-) -> dict[str, Any]:
+) -> LayerFigures:
     """Measure layers.
 
     Parameters
@@ -152,13 +42,7 @@ def measure_kernels(
     tell : callable
         Receives a line per layer.
     clock : Clock, optional
-        That of the device by default.
-
-    Returns
-    -------
-    dict
-        ``rows`` (fields of ``Row``), ``skipped`` (backends that cannot run, with reasons), ``rates`` (of the machine),
-        ``chosen`` (what ``auto`` chose), ``dispatch`` (what the operator adds) and the settings.  Plain JSON values.
+        By default that of the device.
 
     Raises
     ------
@@ -173,41 +57,40 @@ def measure_kernels(
     sizes = [layer_size(shape, ratio, settings.value_dtype) for shape in settings.shapes for ratio in settings.ratios]
     chosen = {dtype: _backends(settings, dtype) for dtype in settings.dtypes}
     tell("measuring memory and products")
-    rates: dict[str, Any] = {"bandwidth": bandwidth(device), "cache_bytes": cache_bytes(device)}
-    rates["products"] = {_name(dtype): product_rate(device, dtype) for dtype in settings.dtypes}
-    rows: list[Row] = []
+    products = {dtype_name(dtype): product_rate(device, dtype) for dtype in settings.dtypes}
+    rates = MachineRates(bandwidth(device), cache_bytes(device), products)
+    rows: list[LayerRow] = []
     for dtype in settings.dtypes:
         for size in sizes:
             layer = random_layer(size, dtype, device, settings.seed)
-            contenders = contenders_of(layer, chosen[dtype][0], Placement(device, dtype), rates["cache_bytes"])
+            contenders = contenders_of(layer, chosen[dtype][0], Placement(device, dtype), rates.cache_bytes)
             for n_tokens in settings.tokens:
-                tell(f"{size.label}, {n_tokens} tokens, {_name(dtype)}, {len(contenders[0].calls)} copies")
+                tell(f"{size.label}, {n_tokens} tokens, {dtype_name(dtype)}, {len(contenders[0].calls)} copies")
                 x = random_inputs(n_tokens, size.in_features, dtype, device, settings.seed)
                 rows += _rows(contenders, size, x, settings, clock, rates)
             del layer, contenders
     first = settings.dtypes[0]
     chosen_by = {
-        f"{name}, {_name(dtype)}": explain(name, device, dtype)
+        f"{name}, {dtype_name(dtype)}": explain(name, device, dtype)
         for dtype in settings.dtypes
         for name in chosen[dtype][0]
         if name == "auto"
     }
-    return {
-        "settings": settings.to_dict(),
-        "method": METHOD,
-        "rates": rates,
-        "rows": [asdict(row) for row in rows],
-        "chosen": chosen_by,
-        "skipped": [one for dtype in settings.dtypes for one in chosen[dtype][1]],
-        "dispatch": [dispatch(name, sizes[0], Placement(device, first), clock) for name in chosen[first][0]],
-    }
+    return LayerFigures(
+        settings=settings,
+        rates=rates,
+        rows=rows,
+        chosen=chosen_by,
+        skipped=[one for dtype in settings.dtypes for one in chosen[dtype][1]],
+        dispatch=[measure_dispatch(name, sizes[0], Placement(device, first), clock) for name in chosen[first][0]],
+    )
 
 
-def _backends(settings: LayerSettings, dtype: torch.dtype) -> tuple[dict[str, Backend], list[dict[str, str]]]:
+def _backends(settings: LayerSettings, dtype: torch.dtype) -> tuple[dict[str, Backend], list[SkippedBackend]]:
     """Give the backends that can run, and the others with the reason."""
     placement = Placement(settings.device, dtype)
     found: dict[str, Backend] = {}
-    skipped: list[dict[str, str]] = []
+    skipped: list[SkippedBackend] = []
     probe = random_layer(layer_size((64, 64), 0.3, settings.value_dtype), dtype, settings.device).coefficients
     for name in settings.backends or [name for name in BACKENDS.names() if name != "auto"]:
         state = BACKENDS.availability(name)
@@ -217,9 +100,9 @@ def _backends(settings: LayerSettings, dtype: torch.dtype) -> tuple[dict[str, Ba
         if state:
             found[name] = backend
         elif name in settings.backends:
-            raise UnavailableError(f"backend {name!r} cannot run here in {_name(dtype)}: {state.reason}")
+            raise UnavailableError(f"backend {name!r} cannot run here in {dtype_name(dtype)}: {state.reason}")
         else:
-            skipped.append({"backend": name, "dtype": _name(dtype), "reason": state.reason})
+            skipped.append(SkippedBackend(name, dtype_name(dtype), state.reason))
     return found, skipped
 
 
@@ -229,8 +112,8 @@ def _rows(
     x: Tensor,
     settings: LayerSettings,
     clock: Clock,
-    rates: dict[str, Any],
-) -> Iterator[Row]:
+    rates: MachineRates,
+) -> Iterator[LayerRow]:
     """Check and time all contenders for one number of tokens."""
     references = {expected: expected(x) for expected in {one.expected for one in contenders}}
     errors = {one.name: _error(one, x, references[one.expected]) for one in contenders}
@@ -247,7 +130,7 @@ def _rows(
         one, middle = by_name[name], spread(seconds)
         faster = [median_ratio(times[mode, dense], seconds) if (mode, dense) in times else None for dense in BASELINES]
         rate = one.stored_bytes / middle.median
-        yield Row(
+        yield LayerRow(
             layer=size.label,
             in_features=size.in_features,
             out_features=size.out_features,
@@ -255,7 +138,7 @@ def _rows(
             n_atoms=size.n_atoms,
             n_nonzero=size.n_nonzero,
             value_dtype=size.value_dtype,
-            dtype=_name(x.dtype),
+            dtype=dtype_name(x.dtype),
             n_tokens=x.shape[0],
             contender=name,
             mode=mode,
@@ -269,8 +152,8 @@ def _rows(
             extra_bytes=one.extra_bytes,
             scratch_bytes=scratch[name],
             gigabytes_per_second=rate / 1e9,
-            bandwidth_fraction=rate / rates["bandwidth"],
-            product_fraction=one.operations * x.shape[0] / middle.median / rates["products"][_name(x.dtype)],
+            bandwidth_fraction=rate / rates.bandwidth,
+            product_fraction=one.operations * x.shape[0] / middle.median / rates.products[dtype_name(x.dtype)],
             relative_error=errors[name],
             verdict="" if name in BASELINES else verdict(*faster),
         )
@@ -287,10 +170,6 @@ def verdict(times_dense: float | None, times_handwritten: float | None) -> str:
 
 def _error(one: Contender, x: Tensor, expected: Tensor) -> float:
     error = float((one.calls[-1](x).double() - expected).norm() / expected.norm())
-    if not error < _WORST_ERROR:  # so written that NaN is caught
+    if not error < _WORST_ERROR:  # also true for NaN
         raise NumericalError(f"{one.name} gives a wrong product for {x.shape[0]} tokens: relative error {error:.3g}")
     return error
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Clocks, contenders that take turns, and medians of what the turns took."""
+"""Clocks, contenders that take turns, and medians of their times."""
 
 import statistics
 import time
@@ -16,14 +16,14 @@ Name = TypeVar("Name")
 
 
 def wall_clock(work: Call) -> float:
-    """Time work that is done when it returns."""
+    """Time work on the CPU."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def cuda_clock(work: Call) -> float:
-    """Time work on the current GPU, by events around it; not yet run on a GPU."""
+    """Time work on the current GPU, by events around it."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -65,10 +65,10 @@ class Rotation:
 def take_turns(
     contenders: Mapping[Name, Rotation], clock: Clock, repeats: int, turn_seconds: float = 0.1
 ) -> dict[Name, list[float]]:
-    """Time contenders side by side, so that whatever disturbs the machine disturbs all of them.
+    """Time contenders in turns, so that a disturbance of the machine affects all of them alike.
 
-    In every repeat each contender has one turn: a pass over its copies, cut short where that takes longer than
-    ``turn_seconds``.  Who begins changes from repeat to repeat.
+    In every repeat each contender has one turn: a pass over its copies, cut short if it takes longer than
+    ``turn_seconds``.  Each repeat begins with another contender.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def take_turns(
     """
     counts = {}
     for name, rotation in contenders.items():
-        rotation.run(1)  # compiles, allocates, and fills what is filled once
+        rotation.run(1)  # compiles and allocates
         once = clock(partial(rotation.run, 1))
         counts[name] = max(1, min(len(rotation.calls), int(turn_seconds / once) if once > 0 else 1))
         rotation.run(counts[name])
@@ -110,7 +110,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Give the median and the quartiles of values; of a single one three times itself."""
+    """Give the median and the quartiles of values, all the same for a single value."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -120,6 +120,6 @@ def spread(values: Sequence[float]) -> Spread:
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
     """Give the median over the repeats of time / other time of the same repeat.
 
-    Noise that slows a whole repeat leaves it as it is, which a ratio of medians does not promise.
+    Unlike a ratio of medians, it does not change with noise that slows a whole repeat.
     """
     return statistics.median(time / other for time, other in zip(times, others, strict=True))

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,114 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cospadi.arrays import dtype_name
 from cospadi.backends import BACKENDS, explain, sparse_modules
 from cospadi.errors import NumericalError, UnavailableError
-from cospadi.evaluation.speed.greedy import Run, random_prompt
-from cospadi.evaluation.speed.loaded import Loaded, open_loaded
-from cospadi.evaluation.speed.peak_memory import peak_in_a_process
+from cospadi.evaluation.speed.greedy_decoding import Run, random_prompt
+from cospadi.evaluation.speed.model_figures import ModelFigures, ModelRow, ModelSettings
+from cospadi.evaluation.speed.model_variants import load_variant
+from cospadi.evaluation.speed.peak_memory import PeakMemory, peak_in_a_process
 from cospadi.evaluation.speed.timing import Clock, clock_of, median_ratio, spread
 from cospadi.integrations import require_checkpoint
-
-METHOD = (
-    "greedy, one sequence, random prompt; a plain loop over model(input_ids, past_key_values) for all models alike, "
-    "since generate() adds the same time to each; decode follows the prefill of the same prompt; every model has a "
-    "turn in every repeat; peak is the resident memory, libraries included, of a fresh process per model that loads it "
-    "and runs once; a model that was multiplied out has a little more there than one loaded from a file (--baseline)"
-)
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """What to measure.
-
-    Attributes
-    ----------
-    model : str
-        Folder of a compressed checkpoint.
-    baseline : str or None
-        Folder or hub id of the dense model; None multiplies the compressed one out.
-    backends : tuple of str
-        Registry names.
-    dtypes : tuple of torch.dtype
-        The models run in each of them.
-    prompt_tokens, new_tokens : int
-        Tokens of prefill and decode.
-    device : torch.device
-    repeats : int
-    seed : int
-        Of the prompt.
-    memory : bool
-        Whether to measure the memory, which loads every model once more.
-    """
-
-    model: str
-    baseline: str | None = None
-    backends: tuple[str, ...] = ("auto",)
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
-    prompt_tokens: int = 512
-    new_tokens: int = 64
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    repeats: int = 5
-    seed: int = 0
-    memory: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON values."""
-        plain = {"dtypes": [_name(dtype) for dtype in self.dtypes], "device": str(self.device)}
-        return asdict(self) | plain
-
-    def contenders(self, dtype: torch.dtype) -> list[Loaded]:
-        """Name the models that run side by side: the dense one first."""
-        place = (str(self.device), _name(dtype))
-        dense = Loaded(self.baseline or self.model, None, *place)
-        return [dense, *(Loaded(self.model, backend, *place) for backend in self.backends)]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model in one dtype.
-
-    Attributes
-    ----------
-    contender : str
-        ``dense``, or the backend of the compressed model.
-    dtype : str
-    prefill_tokens_per_second, decode_tokens_per_second : float
-        Medians over the repeats.
-    prefill_low, prefill_high, decode_low, decode_high : float
-        Quartiles of the same.
-    times_prefill, times_decode : float
-        How many times faster than the dense model: medians of the ratios within a repeat.
-    weight_bytes : int
-        Of all parameters and buffers.
-    before_bytes, peak_bytes : int or None
-        Memory of the process before the model is loaded and at the worst moment of a run; on a GPU that of torch there.
-    logits_difference : float or None
-        Relative difference of the prompt's last logits from the dense model's; None beside another model.
-    verdict : str
-        ``slower than dense`` where prefill or decode is.
-    """
-
-    contender: str
-    dtype: str
-    prefill_tokens_per_second: float
-    prefill_low: float
-    prefill_high: float
-    decode_tokens_per_second: float
-    decode_low: float
-    decode_high: float
-    times_prefill: float
-    times_decode: float
-    weight_bytes: int
-    before_bytes: int | None
-    peak_bytes: int | None
-    logits_difference: float | None
-    verdict: str
 
 
 def measure_model(
     settings: ModelSettings, tell: Callable[[str], None] = lambda text: None, clock: Clock | None = None
-) -> dict[str, Any]:
+) -> ModelFigures:
     """Measure a compressed model beside the dense one.
 
     Parameters
@@ -126,13 +31,7 @@ def measure_model(
     tell : callable
         Receives a line per step.
     clock : Clock, optional
-        That of the device by default.
-
-    Returns
-    -------
-    dict
-        ``rows`` (fields of ``Row``), ``baseline`` (what the dense model is), ``attention`` (the implementation that all
-        models share), ``chosen`` (what ``auto`` chose) and the settings.  Plain JSON values.
+        By default that of the device.
 
     Raises
     ------
@@ -146,37 +45,31 @@ def measure_model(
         state = BACKENDS.availability(name)
         if not state:
             raise UnavailableError(f"backend {name!r} cannot run here: {state.reason}")
-    rows: list[Row] = []
+    rows: list[ModelRow] = []
     chosen: dict[str, str] = {}
     attention = ""
     for dtype in settings.dtypes:
         contenders = settings.contenders(dtype)
         models = {}
         for one in contenders:
-            tell(f"loading {one.label}, {_name(dtype)}")
-            models[one.label] = open_loaded(one)
+            tell(f"loading {one.label}, {dtype_name(dtype)}")
+            models[one.label] = load_variant(one)
         attention = _same_attention(models)
         for one in (one for one in contenders if one.backend == "auto"):
-            chosen[f"{one.label}, {_name(dtype)}"] = "; ".join(describe(models[one.label]))
-        memory: dict[str, dict[str, Any]] = {}
+            chosen[f"{one.label}, {dtype_name(dtype)}"] = "; ".join(describe(models[one.label]))
+        memory: dict[str, PeakMemory] = {}
         for one in contenders if settings.memory else ():
-            tell(f"memory of {one.label}, {_name(dtype)}")
+            tell(f"memory of {one.label}, {dtype_name(dtype)}")
             memory[one.label] = peak_in_a_process(one, settings.prompt_tokens, min(settings.new_tokens, 8))
-        tell(f"prefill and decode, {_name(dtype)}")
+        tell(f"prefill and decode, {dtype_name(dtype)}")
         rows += _rows(models, memory, settings, dtype, clock or clock_of(settings.device))
         del models
-    return {
-        "settings": settings.to_dict(),
-        "method": METHOD,
-        "baseline": settings.baseline or "the same checkpoint, multiplied out to dense layers",
-        "attention": attention,
-        "chosen": chosen,
-        "rows": [asdict(row) for row in rows],
-    }
+    baseline = settings.baseline or "the same checkpoint, multiplied out to dense layers"
+    return ModelFigures(settings, baseline, attention, chosen, rows)
 
 
 def describe(model: torch.nn.Module) -> list[str]:
-    """Say on one line each what runs the compressed layers of a model, as placed: backends, and why ``auto`` chose."""
+    """Give one line for each backend that runs compressed layers of a model, with the reason if ``auto`` chose it."""
     dtype = getattr(model, "dtype", torch.get_default_dtype())
     layers = sparse_modules(model).values()
     found = dict.fromkeys(explain(layer.backend, layer.device, dtype) for layer in layers)
@@ -185,12 +78,12 @@ def describe(model: torch.nn.Module) -> list[str]:
 
 def _rows(
     models: dict[str, Any],
-    memory: dict[str, dict[str, Any]],
+    memory: dict[str, PeakMemory],
     settings: ModelSettings,
     dtype: torch.dtype,
     clock: Clock,
-) -> list[Row]:
-    """Let the models take turns."""
+) -> list[ModelRow]:
+    """Time the models in turns."""
     ids = random_prompt(list(models.values()), settings.prompt_tokens, settings.new_tokens, settings.seed)
     times: dict[str, dict[str, list[float]]] = {label: {"prefill": [], "decode": []} for label in models}
     logits: dict[str, Tensor] = {}
@@ -208,18 +101,18 @@ def _rows(
     dense, rows = labels[0], []
     for label in labels:
         if not bool(torch.isfinite(logits[label]).all()):
-            raise NumericalError(f"{label}, {_name(dtype)}: the model's logits are NaN or infinite")
+            raise NumericalError(f"{label}, {dtype_name(dtype)}: the model's logits are NaN or infinite")
         difference = None
         if settings.baseline is None:
             difference = float((logits[label] - logits[dense]).norm() / logits[dense].norm())
         prefill_rate = spread([settings.prompt_tokens / seconds for seconds in times[label]["prefill"]])
         decode_rate = spread([settings.new_tokens / seconds for seconds in times[label]["decode"]])
         faster = {part: median_ratio(times[dense][part], times[label][part]) for part in ("prefill", "decode")}
-        measured = memory.get(label, {})
+        measured = memory.get(label)
         rows.append(
-            Row(
+            ModelRow(
                 contender=label,
-                dtype=_name(dtype),
+                dtype=dtype_name(dtype),
                 prefill_tokens_per_second=prefill_rate.median,
                 prefill_low=prefill_rate.low,
                 prefill_high=prefill_rate.high,
@@ -229,8 +122,8 @@ def _rows(
                 times_prefill=faster["prefill"],
                 times_decode=faster["decode"],
                 weight_bytes=weight_bytes(models[label]),
-                before_bytes=measured.get("before_bytes"),
-                peak_bytes=measured.get("peak_bytes"),
+                before_bytes=None if measured is None else measured.before_bytes,
+                peak_bytes=None if measured is None else measured.peak_bytes,
                 logits_difference=difference,
                 verdict="" if label == dense else verdict(faster),
             )
@@ -252,13 +145,9 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def _same_attention(models: dict[str, Any]) -> str:
-    """Give every model the attention of the first one; what differs then are the linear layers."""
+    """Give every model the attention of the first one, so that only the linear layers differ."""
     wanted = next(iter(models.values())).config._attn_implementation
     for model in models.values():
         if model.config._attn_implementation != wanted:
             model.set_attn_implementation(wanted)
     return str(wanted)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

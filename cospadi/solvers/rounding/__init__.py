@@ -1,4 +1,4 @@
-"""Rounding that knows its error: numbers of few bits, chosen so that the outputs of a layer change little."""
+"""Rounding to few bits in the metric of the Gram, so that the outputs of a layer change little."""
 
 import lazy_loader
 

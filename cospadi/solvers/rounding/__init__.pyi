@@ -1,4 +1,5 @@
 from .dense import quantize_dense
 from .factors import round_factors
+from .gptq import RoundedRows
 
-__all__ = ["quantize_dense", "round_factors"]
+__all__ = ["RoundedRows", "quantize_dense", "round_factors"]

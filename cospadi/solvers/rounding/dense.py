@@ -1,4 +1,4 @@
-"""A dense layer on a grid: what a factorisation has to beat at the same bytes."""
+"""A dense layer rounded to a grid, without factors."""
 
 from typing import Literal
 

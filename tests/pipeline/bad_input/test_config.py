@@ -121,7 +121,7 @@ def test_absurd_sizes_take_no_memory(folder, out, key, value):
 def test_layers_that_the_config_does_not_count_are_told(folder, out, caplog):
     edit(folder, "config.json", lambda data: data | {"num_hidden_layers": 1})
     report = run(folder, out)
-    message = next(record.getMessage() for record in caplog.records if record.name == "cospadi.pipeline.stages")
+    message = next(record.getMessage() for record in caplog.records if record.name == "cospadi.pipeline.setup")
     assert "9 stored tensors have no place" in message
     assert f"{BLOCKS}.1." in message
     assert {name.split(".")[2] for name in report["left_out"]} == {"1"}
