@@ -19,10 +19,10 @@ from cospadi.registry import Availability
 logger = logging.getLogger(__name__)
 
 _PREFERRED = {"cuda": "cuda", "cpu": "cpu"}
-"""By type of device, the backend whose kernels are made for it."""
+"""The backend whose kernels are made for each type of device."""
 
 _ANY_LAYER = PackedCoefficients("bitmask", 0, 0, "bfloat16", {})
-"""Stands for a layer where only the place is asked about: the preferred backends take all layers alike."""
+"""Placeholder for a layer: what the preferred backends support depends on the placement only."""
 
 
 @lru_cache(maxsize=64)
@@ -36,7 +36,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     preferred = _PREFERRED.get(device.type)
     if preferred is None:
         return "reference", f"no backend is made for {device.type} devices: dense products of torch"
-    # A backend that is not there cannot be asked about a place, and one that is may have a reason against this one.
+    # An unavailable backend cannot be asked about a placement.  An available one may still not support it.
     state = BACKENDS.availability(preferred)
     if state:
         state = BACKENDS.create(preferred).supports(_ANY_LAYER, Placement(device, dtype))
@@ -50,7 +50,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def explain(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Say on one line what runs under a backend's name at a place: for ``auto`` its choice, the reason and options."""
+    """Describe in one line which backend runs at a placement: for ``auto`` its choice, the reason and the options."""
     if backend != AutoBackend.name:
         return backend
     name, reason = choose(device, dtype)

@@ -1,7 +1,7 @@
 """The contract of a runtime backend: y = (x D) S for the layers of one group.
 
-Either product can be had alone: with the dictionary on the side of the outputs a layer is x S^T first, then a product
-with D^T, whose rows are stored like atoms.
+Each of the two products can run alone.  With the dictionary on the side of the outputs, a layer computes x S^T first
+and then a product with D^T, whose rows are stored like atoms.
 
 ``prepare_*`` may repack, compile or upload; ``multiply`` only runs.  The members of a group that shares its input are
 prepared side by side, so that x D is computed once and all their outputs come from one call.
@@ -33,12 +33,12 @@ class Backend(abc.ABC):
 
     Laws: ``multiply`` equals x @ D @ S in float64 within the tolerance of the placement's dtype, for any number of
     tokens and any support; it gives the same bits every time, does not change what it is given, waits for nothing, and
-    takes memory from torch only.  Gradients are not its concern: the operator ``cospadi::linear`` has them.
+    takes memory from torch only.  The operator ``cospadi::linear`` computes the gradients.
     """
 
     name: ClassVar[str]
     any_shape: ClassVar[bool] = False
-    """Whether ``multiply`` takes x of shape (..., in_features), which saves two views on every call."""
+    """Whether ``multiply`` accepts x of shape (..., in_features); this saves two views on every call."""
 
     @classmethod
     def availability(cls) -> Availability:
@@ -55,11 +55,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> Any:
-        """Make a dictionary ready."""
+        """Prepare a dictionary for ``multiply``."""
 
     @abc.abstractmethod
     def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> Any:
-        """Make the coefficients of layers that share dictionary and input ready, their columns side by side."""
+        """Prepare the coefficients of layers that share dictionary and input, with their columns side by side."""
 
     @abc.abstractmethod
     def multiply(self, dictionary: Any, coefficients: Any, x: Tensor, member: int | None) -> Tensor:
@@ -70,8 +70,8 @@ class Backend(abc.ABC):
         dictionary
             As prepared for the device and dtype of x.  None leaves the first product out: y = x S.
         coefficients
-            Prepared likewise.  Those of the format ``identity`` leave the second product out: y = x D.  One of the two
-            products there always is.
+            Prepared likewise.  Those of the format ``identity`` leave the second product out: y = x D.  At least one of
+            the two products is present.
         x : Tensor, shape (n_tokens, in_features), contiguous
             At least one token.  Without a dictionary of shape (n_tokens, n_atoms).
         member : int or None

@@ -1,4 +1,4 @@
-"""The layers of a group at run time: what a backend prepared for them, and outputs that come from one call."""
+"""The layers of a group at run time: the prepared factors, and the outputs of several layers from one call."""
 
 import weakref
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Group:
         self.forget()
 
     def join(self, layer: Any) -> "tuple[Bundle, int]":
-        """Take a layer in; layers that receive the same input run in one bundle, others alone."""
+        """Add a layer; layers that receive the same input run in one bundle, others alone."""
         if self.owner is None:
             self.owner = layer
         if self._bundle is None or not self.spec.shared_input:
@@ -90,7 +90,7 @@ class _Outputs:
     waiting: set[int]
 
     def belong_to(self, x: Tensor, version: int, tensors: list[Tensor]) -> bool:
-        """Tell whether they are those of this tensor as it now is, by the layers as they now are."""
+        """Tell whether the outputs belong to this tensor and these layers in their present state."""
         return self.x() is x and self.version == version and self.sources.are(tensors)
 
 
@@ -125,8 +125,8 @@ class Bundle:
     def linear(self, x: Tensor, member: int) -> Tensor:
         """Give the output of one layer.
 
-        The outputs of all layers come from one call when they receive this very tensor one after the other, unless
-        gradients are recorded, whose graph would have to outlive its use.
+        The outputs of all layers come from one call if the layers receive this same tensor one after the other.  While
+        gradients are recorded each layer runs alone, because a shared graph would have to outlive its first use.
         """
         tensors = [place[name] for place, name in self._kept or self._places()]
         recorded = torch.is_grad_enabled() and _needs_gradient(x, *tensors)
@@ -151,8 +151,8 @@ class Bundle:
     def _traced(self, x: Tensor, tensors: list[Tensor], member: int) -> Tensor:
         """Give the output of one layer while torch.compile traces.
 
-        A trace can hold neither weak references nor versions, and needs neither: layers are joined only where the model
-        was seen to pass them one unchanged tensor.
+        A trace can hold neither weak references nor versions.  It needs neither, because layers form one bundle only if
+        the model passes them one unchanged tensor.
         """
         last = self._trace
         if last is None or last[0] is not x or member not in last[2]:
@@ -171,7 +171,7 @@ class Bundle:
         return torch.ops.cospadi.linear.default(x, dictionary, stored, self._handle, member)
 
     def _places(self) -> list[tuple[dict[str, Any], str]]:
-        """Give where the tensors of D and S are kept: reading them as attributes of the modules takes much longer."""
+        """Give the dicts and keys of the tensors of D and S; reading attributes of modules takes much longer."""
         if self._kept is None:
             owner = self.group.owner
             named = [(owner, owner.dictionary_names), *((layer, layer.coefficient_names) for layer in self.layers)]
@@ -199,7 +199,7 @@ class Bundle:
             prepared = self._prepared[x.device] = self._prepare(Placement(x.device, x.dtype), tensors)
         shape = x.shape
         if not shape or shape[-1] != self.group.spec.in_features:
-            # Kernels take it for granted and would read beyond the input.
+            # The kernels do not check this and would read beyond the input.
             raise UsageError(
                 f"{self.layers[max(member, 0)].member.name}: the input has shape {tuple(shape)}, "
                 f"its last dimension must be in_features={self.group.spec.in_features}"
@@ -330,10 +330,9 @@ class Bundle:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Tell whether nothing watches operators, so that the detour through torch's dispatcher can be saved.
+    """Tell whether a product can run without torch's dispatcher, which takes as long as a small layer.
 
-    It takes as long as a small layer.  Modes (fake tensors and the like), traces, subclasses, transforms and the meta
-    device need the operator.
+    Modes (fake tensors and the like), traces, subclasses, transforms and the meta device need the operator.
     """
     return (
         type(x) is Tensor

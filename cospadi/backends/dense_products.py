@@ -76,12 +76,12 @@ def projected(dictionary: Tensor | None, x: Tensor) -> Tensor:
 
 
 def placed(dictionary: PackedDictionary, placement: Placement) -> Tensor:
-    """Give a dictionary, atoms as rows, at its place; conversions happen there, where they are fast."""
+    """Give a dictionary with atoms as rows; it is converted on the device, where that is fast."""
     return unpack_dictionary(moved(dictionary, placement.device)).to(placement.dtype).contiguous()
 
 
 def moved(dictionary: PackedDictionary, device: torch.device) -> PackedDictionary:
-    """Give a dictionary as it is stored on a device, contiguous."""
+    """Move a stored dictionary to a device, contiguous."""
     values, scales = dictionary.values.detach().to(device).contiguous(), dictionary.scales
     return replace(
         dictionary, values=values, scales=None if scales is None else scales.detach().to(device).contiguous()
@@ -89,14 +89,14 @@ def moved(dictionary: PackedDictionary, device: torch.device) -> PackedDictionar
 
 
 def without_strings(dictionary: PackedDictionary, placement: Placement) -> PackedDictionary:
-    """Give a dictionary that kernels can read, at its place: strings of bits become numbers in the dtype of x."""
+    """Give a dictionary that kernels can read: strings of bits become numbers in the dtype of x."""
     if dictionary.grid is None:
         return moved(dictionary, placement.device)
     return PackedDictionary(placed(dictionary, placement))
 
 
 def dense_coefficients(members: Sequence[PackedCoefficients], placement: Placement) -> DenseCoefficients:
-    """Unpack layers at their place."""
+    """Unpack the coefficients of layers on the device."""
     ends = tuple(accumulate(packed.out_features for packed in members))
     if is_identity(members):
         return DenseCoefficients(None, ends)
@@ -109,7 +109,7 @@ def is_identity(members: Sequence[PackedCoefficients]) -> bool:
 
 
 def unpacked(packed: PackedCoefficients, placement: Placement) -> Tensor:
-    """Give the transpose of S, shape (out_features, n_atoms), at its place; unpacked there, so that little is moved."""
+    """Give S^T, shape (out_features, n_atoms); it is unpacked on the device, so that few bytes are moved."""
     tensors = {name: tensor.detach().to(placement.device) for name, tensor in packed.tensors.items()}
     at_place = PackedCoefficients(packed.format, packed.n_atoms, packed.out_features, packed.value_dtype, tensors)
     rows = FORMATS.create(packed.format).unpack(at_place).T
@@ -117,7 +117,7 @@ def unpacked(packed: PackedCoefficients, placement: Placement) -> Tensor:
 
 
 def gpu_support(placement: Placement) -> Availability:
-    """Tell whether the place is an NVIDIA GPU and the dtype one of the four floating dtypes."""
+    """Tell whether the device is an NVIDIA GPU and the dtype one of the four floating dtypes."""
     if placement.device.type != "cuda":
         return Availability(False, f"the layer is on {placement.device}: move the model to a CUDA device")
     return float_support(placement)

@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 def key_of(*parts: str) -> str:
-    """Give the name of an entry: a digest of what it was made from."""
+    """Give the name of an entry: a digest of the sources, options and versions that it depends on."""
     digest = hashlib.sha256(_MAGIC)
     for part in parts:
         data = part.encode()
-        # The length, so that no text can move from one part to the next and keep the digest.
+        # The length keeps the parts apart: ("a", "bc") and ("ab", "c") get different digests.
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 
 def read(key: str) -> bytes | None:
-    """Give what was stored under a key, or None if there is nothing, nothing whole, or no way to read it."""
+    """Give the bytes stored under a key, or None if there are none or they are damaged or cannot be read."""
     try:
         stored = _file(key).read_bytes()
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def read(key: str) -> bytes | None:
 
 
 def write(key: str, data: bytes) -> None:
-    """Store bytes under a key; where that is not possible, say so in the log and go on."""
+    """Store bytes under a key; a failure is logged and no error."""
     try:
         file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def write(key: str, data: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as stream:
                 stream.write(_MAGIC + hashlib.sha256(data).digest() + data)
-            # Whoever else stores the same key stores the same kernel: the last one wins, and readers see a whole file.
+            # Other processes store the same kernel under the same key.  The last one wins; readers see whole files.
             os.replace(name, file)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """``cospadi::linear``: the product of compressed layers as one operator of torch.
 
-torch.compile, torch.export and CUDA graphs see a single node, whatever backend runs behind it.  Layers are named by the
-handle of their bundle (``cospadi.backends.bundle``); the tensors are passed besides, so that gradients and compiled
-graphs know what the product depends on.
+torch.compile, torch.export and CUDA graphs see a single node for every backend.  The handle of a bundle
+(``cospadi.backends.bundle``) names the layers.  The tensors are passed too, so that gradients and compiled graphs know
+what the product depends on.
 """
 
 import weakref
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Runner(Protocol):
-    """What the operator asks of the layers that a handle names; ``member`` is -1 for all layers side by side."""
+    """The methods that the operator calls on a bundle; ``member`` is -1 for all layers side by side."""
 
     def width(self, member: int) -> int:
         """Give the number of output features."""
@@ -50,7 +50,7 @@ _LIBRARY.define(
 
 
 def register(runner: Runner) -> int:
-    """Give the handle by which the operator finds a runner, for as long as the runner lives."""
+    """Give a handle by which the operator finds a runner; the handle does not keep the runner alive."""
     handle = next(_HANDLES)
     _RUNNERS[handle] = runner
     return handle

@@ -12,9 +12,9 @@ from cospadi.backends.base import Backend, Placement
 
 
 class Sources:
-    """The tensors that something was made from, to notice that they have been replaced or changed in place.
+    """The tensors that something was prepared from, with a check for replacement and changes in place.
 
-    Asked on every call of a layer, so it takes care to be quick.
+    The check runs on every call of a layer, so it must be fast.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -27,7 +27,7 @@ class Sources:
     def are(self, tensors: Sequence[Tensor]) -> bool:
         """Tell whether these are the same tensors, or other views of all their memory, unchanged."""
         if not all(map(is_, tensors, self._tensors)):
-            # What is held here keeps its address from being used again.
+            # The tensors are held here, so no other tensor can get their addresses.
             if [tensor.data_ptr() for tensor in tensors] != self._addresses:
                 return False
             if self._counted and any(tensor.is_inference() for tensor in tensors):
@@ -37,7 +37,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a backend made for a place, and from what.
+    """What a backend prepared for a placement, and from which tensors.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Prepared:
     sources: Sources
 
     def fits(self, backend: Backend, dtype: torch.dtype, tensors: Sequence[Tensor]) -> bool:
-        """Tell whether it was made by this backend, for this dtype and of these tensors as they now are."""
+        """Tell whether it was prepared by this backend, for this dtype and from these tensors as they are now."""
         same_backend = self.backend is backend or self.backend == backend
         return self.dtype is dtype and same_backend and self.sources.are(tensors)
 
@@ -63,7 +63,7 @@ class Prepared:
 def prepare(
     make: Callable[[Backend], Any], backend: Backend, placement: Placement, tensors: Sequence[Tensor]
 ) -> Prepared:
-    """Let a backend prepare, outside of any gradient or inference mode."""
+    """Let a backend prepare, without gradients and outside of inference mode."""
     runner = backend.resolve(placement)
     with torch.inference_mode(False), torch.no_grad():
         state = make(runner)

@@ -1,7 +1,7 @@
 """Thresholds that ``cospadi-cli tune`` measured on this machine, kept in the user's cache folder.
 
-Numbers of tokens up to which one kernel is better than another depend on the processor, its threads and on torch's own
-products, so each is stored with all of them and taken only where they are the same again.
+The number of tokens up to which one kernel is faster than another depends on the processor, its threads and torch.
+Each threshold is stored with all of them, and used only where they are the same.
 """
 
 import json
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured for one backend at one place.
+    """The thresholds that were measured for one backend, device and dtype.
 
     Attributes
     ----------
@@ -58,12 +58,12 @@ class Tuned:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What must be the same again for the options to hold."""
+        """All fields that must be equal for the options to apply."""
         return tuple(getattr(self, field.name) for field in fields(self) if field.name != "options")
 
 
 def tuned(backend: str, device: torch.device, dtype: torch.dtype, options: dict[str, int]) -> Tuned:
-    """Give options with this machine, torch's threads and the versions as they are now."""
+    """Give options together with this machine, the threads of torch and the versions."""
     try:
         own = version("cospadi")
     except PackageNotFoundError:  # a source tree that is not installed
@@ -92,14 +92,14 @@ def options_for(backend: str, device: torch.device, dtype: torch.dtype) -> dict[
     if backend not in OPTIONS:
         return {}
     known = stored_tuned()
-    if not known:  # the usual case, in which no device need be asked for its name
+    if not known:  # the usual case, which needs no name of the device
         return {}
     wanted = tuned(backend, device, dtype, {}).key
     return next((dict(entry.options) for entry in known if entry.key == wanted), {})
 
 
 def stored_tuned() -> tuple[Tuned, ...]:
-    """Give all that is stored; nothing, with a warning in the log, where the file is damaged."""
+    """Give all stored thresholds; none, with a warning in the log, if the file is damaged."""
     try:
         path = tuning_file()
         state = path.stat()
@@ -146,7 +146,7 @@ def store_tuned(entries: list[Tuned]) -> Path:
 
 
 def reset_tuned() -> bool:
-    """Remove what is stored; tells whether there was anything."""
+    """Remove all stored thresholds; tells whether there were any."""
     try:
         tuning_file().unlink()
     except FileNotFoundError:
@@ -155,7 +155,7 @@ def reset_tuned() -> bool:
 
 
 def tuning_file() -> Path:
-    """Give where thresholds are kept."""
+    """Give the path of the file with the thresholds."""
     return cache_folder() / "tuning.json"
 
 
@@ -166,7 +166,7 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def processor_name() -> str:
-    """Name the processor, as exactly as the system does."""
+    """Give the model name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -178,7 +178,7 @@ def processor_name() -> str:
 
 @lru_cache(maxsize=4)
 def _read(path: Path, modified: int, size: int) -> tuple[Tuned, ...]:
-    """Read one state of the file, so that it is parsed, and complained about, once."""
+    """Read one state of the file; the cache makes sure that each is parsed and warned of once."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["version"] != _VERSION:
@@ -192,7 +192,7 @@ def _read(path: Path, modified: int, size: int) -> tuple[Tuned, ...]:
 
 
 def _checked(entry: Any) -> Tuned:
-    """Read one entry; an option that no backend has would make every model fail."""
+    """Check one entry, because an unknown option would make every model fail."""
     found = Tuned(**entry)
     for field in fields(found):
         if field.name != "options" and type(getattr(found, field.name)) is not field.type:

@@ -2,7 +2,7 @@
 
 import functools
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,17 +10,17 @@ from torch import nn
 
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.backends.sparse_linear import build_group
-from cospadi.formats.base import FORMATS, VALUE_BITS
-from cospadi.formats.dictionary import dictionary_dtype_of, pack_dictionary, unpack_dictionary
+from cospadi.formats.base import FORMATS
+from cospadi.formats.dictionary import DICTIONARY_DTYPES, dictionary_dtype_of, pack_dictionary, unpack_dictionary
 from cospadi.formats.factorization import SparseFactorization
 from cospadi.formats.packing import pack_group
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FORMAT_NAMES = ("bitmask", "csr", "dense")
-VALUE_DTYPES = tuple(VALUE_BITS)
 STORED = [(format, dtype) for format in FORMAT_NAMES for dtype in FORMATS.create(format).value_dtypes]
-TOKENS = (1, 2, 7, 8, 9, 16, 17, 64, 513)
+STORED_DICTIONARIES = [name for name in DICTIONARY_DTYPES if name != "none"]
+TOKENS = (1, 7, 8, 17, 65)
 
 # What a dtype may change of a number.  In float32 and float64, where the sums of some hundred terms are rounded too,
 # some dozen times as much.
@@ -37,6 +37,9 @@ BACKEND_CASES = [
     ),
 ]
 
+# Without ``auto``, which runs one of the others, and with one instruction set that writes S out.
+DISTINCT_CASES = [case for case in BACKEND_CASES if case != ("auto", {}) and case[1].get("max_tokens") != 0]
+DISTINCT_CASES.append(("cpu", {"instructions": "portable", "max_tokens": 0}))
 
 GPU_BACKENDS = ("cuda", "cupy")
 
@@ -75,6 +78,25 @@ def dtypes_of(name, options):
     if not found:
         pytest.skip(next(iter(refusals.values())))
     return found
+
+
+def corners(name, options):
+    """List pairs of input dtype and value dtype that a backend runs: each dtype once, and 8-bit values twice."""
+    pairs = zip((*DTYPES, torch.bfloat16), ("bfloat16", "int8", "float32", "float32", "int8"), strict=True)
+    return [pair for pair in pairs if pair[0] in dtypes_of(name, options)]
+
+
+def input_shapes(case):
+    """Inputs of every shape and memory order for a layer of 11 inputs, by their names."""
+    base = replace(case, n_tokens=4 * 6 * 2).x().view(4, 22, 6)
+    return {
+        "three dimensions": base.transpose(1, 2)[..., ::2],
+        "strided": base.transpose(1, 2)[0, :, 11:],
+        "one dimension": base[0, :11, 0],
+        "repeated": base[:1, :11, 0].expand(5, 11),
+        "no tokens": base[:0, :11, 0],
+        "no tokens in three dimensions": base.new_empty(2, 0, 11),
+    }
 
 
 @contextmanager

@@ -7,6 +7,15 @@ from cospadi.backends.bundle import Bundle
 from tests.backends.backend_cases import Block, Case
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Run small layers on one thread: threads that wait for each other cost more than the products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def case():
     return Case(6, n_atoms=19, in_features=11, widths=(7, 5, 9))

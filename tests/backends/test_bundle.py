@@ -21,15 +21,6 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 # Changes that must be noticed
 
 
-def doubled(block, x, change):
-    """Run, change, run again: the outputs of the second layer must have doubled."""
-    before = block(x)
-    change(block.layers["m1"])
-    after = block(x)
-    torch.testing.assert_close(after[:, 7:12], 2 * before[:, 7:12])
-    assert torch.equal(after[:, :7], before[:, :7])
-
-
 def replace_parameter(layer):
     layer.values = nn.Parameter(2 * layer.values.detach(), requires_grad=False)
 
@@ -57,13 +48,16 @@ def from_state(layer, assign=False):
 CHANGES = [replace_parameter, replace_twice, replace_data, in_place, from_state, lambda m: from_state(m, assign=True)]
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize(("backend", "mode"), [("torch", torch.no_grad), ("cpu", torch.inference_mode)])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_new_values_are_noticed(case, backend, change, mode):
-    block = Block(case, backend)
+    block, x = Block(case, backend), case.x()
     with mode():
-        doubled(block, case.x(), change)
+        before = block(x)
+        change(block.layers["m1"])
+        after = block(x)
+    torch.testing.assert_close(after[:, 7:12], 2 * before[:, 7:12])
+    assert torch.equal(after[:, :7], before[:, :7])
 
 
 def test_a_changed_input_is_not_taken_for_the_old_one(block, case):
@@ -105,22 +99,17 @@ def test_inference_mode_shares_the_product_and_leaves_the_layer_usable(block, ca
     assert runs == [-1]
     with torch.no_grad():
         assert torch.equal(block(case.x()), inside)
+    with torch.inference_mode():
+        made_inside = Block(case)
+    with torch.no_grad():
+        assert torch.equal(made_inside(case.x()), inside)
     x = case.x().requires_grad_()
     block(x).sum().backward()
     assert x.grad is not None
 
 
-def test_a_model_that_was_made_in_inference_mode_runs(case):
-    with torch.inference_mode():
-        block = Block(case)
-        inside = block(case.x())
-    with torch.no_grad():
-        assert torch.equal(block(case.x()), inside)
-    check_product(case.x(), *case.stored(), inside)
-
-
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("shape", [(3, 12), (3, 10), (2, 3, 12), (0, 12), ()])
+@pytest.mark.parametrize("shape", [(3, 10), (2, 3, 12), (0, 12), ()])
 def test_inputs_of_another_width_are_refused(case, backend, shape):
     """Kernels would read beyond them."""
     block = Block(case, backend)
@@ -131,7 +120,7 @@ def test_inputs_of_another_width_are_refused(case, backend, shape):
         block(torch.zeros(shape, requires_grad=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "auto"])
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
 def test_a_layer_is_used_in_two_dtypes_in_turn(case, backend):
     block = Block(case, backend)
     with torch.no_grad():
@@ -202,21 +191,17 @@ def test_a_deleted_model_leaves_nothing_behind(case):
         block(case.x())
         block.layers["m0"](case.x())
     assert len(operator._RUNNERS) == before + 1
+    replaced = weakref.ref(block.layers["m2"].values)
     watched = [weakref.ref(block.layers["m0"]._bundle), weakref.ref(block.layers["m1"].values)]
+    with torch.no_grad():
+        replace_parameter(block.layers["m2"])
+        block(case.x())
+    gc.collect()
+    assert replaced() is None
     del block
     gc.collect()
     assert [reference() for reference in watched] == [None, None]
     assert len(operator._RUNNERS) == before
-
-
-def test_tensors_that_were_replaced_are_freed(block, case):
-    with torch.no_grad():
-        block(case.x())
-        old = weakref.ref(block.layers["m1"].values)
-        replace_parameter(block.layers["m1"])
-        block(case.x())
-        gc.collect()
-        assert old() is None
 
 
 def test_outputs_are_not_kept_when_all_layers_have_theirs(block, case):
@@ -243,8 +228,7 @@ def test_moving_prepares_again(block, case):
         assert torch.equal(block(x), before)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "auto"])
-@pytest.mark.parametrize("n_models", [1, 2])
+@pytest.mark.parametrize(("backend", "n_models"), [("torch", 1), ("cpu", 2)])
 def test_models_run_in_several_threads(backend, n_models):
     cases = [Case(6, 19, 11, (7, 5, 9), seed=seed) for seed in range(2)]
     blocks = [Block(cases[index % n_models], backend) for index in range(n_models)]
@@ -256,4 +240,4 @@ def test_models_run_in_several_threads(backend, n_models):
             check_product(x, *case.stored(), block(x))
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(80)))
+        list(pool.map(work, range(40)))

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from cospadi.backends.auto import choose
 from cospadi.backends.base import BACKENDS, Placement
 from cospadi.backends.cpu import library
 from cospadi.backends.cpu.runtime import CpuBackend, dense_bf16
 from cospadi.errors import CospadiError, UnavailableError
 from cospadi.formats.base import FORMATS, PackedCoefficients, PackedDictionary
-from tests.backends.backend_cases import CPU, Case, Prepared, check_product, poisoned_memory
+from tests.backends.backend_cases import CPU, Case, Prepared, check, check_product, poisoned_memory
 
 pytestmark = pytest.mark.skipif(
     not BACKENDS.availability("cpu"), reason=BACKENDS.availability("cpu").reason or "the kernels are there"
@@ -60,6 +62,7 @@ def run_checks(build, faults, **environment):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.slow
 def test_no_load_leaves_the_stored_tensors():
     done = run_checks("plain", "sound")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -71,39 +74,15 @@ def test_a_load_that_leaves_them_would_be_seen():
     assert done.returncode == -11, done.stderr[-2000:]
 
 
-def run_program(text, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", text],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
 def test_tensors_that_are_not_in_the_memory_of_the_cpu_are_not_read():
     """As when a layer was left on another device, or a tool keeps the weights elsewhere between calls."""
-    done = run_program("""
-import torch
-from torch import nn
-from tests.backends.backend_cases import Case
-
-case = Case(widths=(37, 5))
-for name in ("dictionary", "values", "mask"):
-    layers = case.modules("cpu")
-    owner = layers["m0"]
-    setattr(owner, name, nn.Parameter(getattr(owner, name).to("meta"), requires_grad=False)) if name != "mask" else None
-    owner.mask = owner.mask.to("meta") if name == "mask" else owner.mask
-    try:
-        with torch.no_grad():
+    case = Case(widths=(37, 5))
+    for name in ("dictionary", "values", "mask"):
+        layers = case.modules("cpu")
+        moved = getattr(layers["m0"], name).to("meta")
+        setattr(layers["m0"], name, moved if name == "mask" else nn.Parameter(moved, requires_grad=False))
+        with torch.no_grad(), pytest.raises(RuntimeError, match="meta"):
             layers["m1"](case.x())
-    except Exception as error:
-        print("refused:", type(error).__name__)
-""")
-    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
-    assert done.stdout.count("refused") == 3
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +117,8 @@ def test_the_sanitizers_would_find_a_load_beyond_a_tensor(sanitizers):
 
 
 def test_the_stored_tensors_are_not_copied():
-    case = Case(n_atoms=640, in_features=320, widths=(500, 260), value_dtype="bfloat16", dtype=BF16)
-    for value_dtype in ("bfloat16", "float16", "float32", "int8"):
+    case = Case(n_atoms=640, in_features=320, widths=(200, 60), dtype=BF16)
+    for value_dtype in ("bfloat16", "float32", "int8"):
         case = replace(case, value_dtype=value_dtype)
         stored, members, placement = case.dictionary(), case.members(), Placement(CPU, BF16)
         backend = CpuBackend()
@@ -215,7 +194,7 @@ def test_eight_bit_factors_bear_an_outlier(level):
     assert bool(((prepared(x).double() - z @ S).abs() <= 1.01 * allowed + 1e-7).all())
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-34, 1e-36, 1e-39])
+@pytest.mark.parametrize("scale", [1e-30, 1e-36, 1e-39])
 def test_tiny_inputs_do_not_blow_up(level, scale):
     for value_dtype in ("bfloat16", "int8"):
         case = Case(4, dtype=BF16, value_dtype=value_dtype)
@@ -230,14 +209,15 @@ def test_tiny_inputs_do_not_blow_up(level, scale):
 # Infinities
 
 
-@pytest.mark.parametrize("value_dtype", ["bfloat16", "float32", "int8"])
-@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "value_dtype"), [(BF16, "bfloat16"), (F16, "float32"), (F32, "bfloat16"), (BF16, "int8"), (F32, "int8")]
+)
 def test_infinities_and_nan_stay_in_their_token(level, dtype, value_dtype):
     case = Case(8, 70, 45, (37, 5), density=1.0, dtype=dtype, value_dtype=value_dtype)
     D, S = case.stored()
     prepared, x = Prepared(case, "cpu", {"instructions": level, "max_tokens": ALWAYS}), case.x()
     clean = prepared(x)
-    for n_tokens in (1, 3, 8):
+    for n_tokens in (1, 8):
         for value, place in ((NAN, 0), (NAN, 44), (INF, 7), (-INF, 32), (NAN, 31)):
             token = n_tokens // 2
             spoilt = x[:n_tokens].clone()
@@ -259,12 +239,12 @@ def test_sums_that_overflow_become_infinite(level):
     assert y.tolist() == [[INF, 65504.0, -INF, INF]]
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 3, 8, 9, 17])
+@pytest.mark.parametrize("n_tokens", [1, 3, 8, 17])
 def test_the_dense_yardstick_is_right(n_tokens):
     """The benchmarks compare with it."""
     if "avx512" not in library.levels():
         pytest.skip("this machine has no avx512 kernels")
-    for out_features, in_features in ((1, 1), (33, 31), (64, 64), (131, 70), (400, 500)):
+    for out_features, in_features in ((1, 1), (64, 64), (131, 70)):
         case = Case(n_tokens, out_features, in_features, (1,), dtype=BF16, value_dtype="bfloat16")
         weight, x = case.dictionary().values, case.x()
         with poisoned_memory():
@@ -303,12 +283,10 @@ def test_kernels_are_compiled_once_and_again_when_the_cache_is_damaged(compilati
     assert reload() == ["portable"]
     assert len(compilations) == 1
     whole = entry.read_bytes()
-    for damaged in (whole[:-1], whole[:1000], b"", whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
-        entry.write_bytes(damaged)
-        before = len(compilations)
-        assert reload() == ["portable"]
-        assert len(compilations) == before + 1
-        assert entry.read_bytes() == whole or len(entry.read_bytes()) == len(whole)
+    entry.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    assert reload() == ["portable"]
+    assert len(compilations) == 2
+    assert len(entry.read_bytes()) == len(whole)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(compilations, tmp_path, monkeypatch):
@@ -319,49 +297,36 @@ def test_a_cache_that_cannot_be_written_is_done_without(compilations, tmp_path, 
     assert len(compilations) == 2
 
 
-def test_no_compiler_is_told_in_one_line(compilations, monkeypatch):
-    monkeypatch.setenv("CC", "/nonexistent/cc -O2")
+@pytest.mark.parametrize(("fails", "words"), [(False, ("torch", "is not found")), (True, ("I do not like it",))])
+def test_no_compiler_or_one_that_fails_is_told_in_one_line(compilations, monkeypatch, tmp_path, fails, words):
+    compiler = tmp_path / "cc"
+    if fails:
+        compiler.write_text("#!/bin/sh\necho 'kernels.c:1: error: I do not like it' >&2\necho more >&2\nexit 1\n")
+        compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"{compiler} -O2")
     library.load.cache_clear()
-    state = CpuBackend.availability()
+    state, case = CpuBackend.availability(), Case()
     assert not state
-    assert "/nonexistent/cc" in state.reason
-    assert "torch" in state.reason
     assert "\n" not in state.reason
-    case = Case()
+    assert all(word in state.reason for word in (str(compiler), *words))
     assert CpuBackend().supports(case.members()[0], Placement(CPU, F32)).reason == state.reason
-    with pytest.raises(UnavailableError, match="nonexistent"):
+    with pytest.raises(CospadiError, match=words[-1]):
         library.load()
     with pytest.raises(UnavailableError, match="backend 'cpu' cannot run"):
         next(iter(case.modules("cpu").values()))(case.x())
-    assert not compilations
 
 
-def test_a_compiler_that_fails_is_told_in_one_line(compilations, monkeypatch, tmp_path):
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'kernels.c:1: error: I do not like it' >&2\necho more >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
+def test_auto_falls_back_where_there_is_no_compiler(compilations, monkeypatch):
+    monkeypatch.setenv("CC", "/nonexistent/cc")
     library.load.cache_clear()
-    with pytest.raises(CospadiError, match="I do not like it"):
-        library.load()
-    reason = CpuBackend.availability().reason
-    assert "I do not like it" in reason
-    assert "\n" not in reason
-
-
-def test_auto_falls_back_where_there_is_no_compiler(tmp_path):
-    program = """
-import torch
-from cospadi.backends.auto import choose
-from tests.backends.backend_cases import Case, check
-case = Case(widths=(37,))
-check(case, case.modules("auto")["m0"](case.x()))
-print(*choose(torch.device("cpu"), torch.float32), sep=": ")
-"""
-    done = run_program(program, CC="/nonexistent/cc", COSPADI_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("torch: ")
-    assert "/nonexistent/cc" in done.stdout
+    choose.cache_clear()
+    case = Case(widths=(37,))
+    check(case, case.modules("auto")["m0"](case.x()))
+    name, reason = choose(CPU, F32)
+    choose.cache_clear()
+    assert name == "torch"
+    assert "/nonexistent/cc" in reason
+    assert not compilations
 
 
 def test_instruction_sets_that_the_machine_lacks_are_refused():
@@ -387,7 +352,7 @@ def test_calls_at_the_same_time_give_the_same_bits():
             call = functools.partial(prepared.backend.multiply, prepared.dictionary, prepared.coefficients, member=None)
             expected = [call(x) for x in parts]
             with ThreadPoolExecutor(4) as pool:
-                for found, x in zip(pool.map(call, parts * 20), expected * 20, strict=True):
+                for found, x in zip(pool.map(call, parts * 8), expected * 8, strict=True):
                     assert torch.equal(found, x)
     finally:
         torch.set_num_threads(threads)

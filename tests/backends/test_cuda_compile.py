@@ -29,10 +29,7 @@ LEAST_SHARED = 99 * 1024
 """Bytes of shared memory that a block can have on the architectures that have least of it (sm_86, sm_89, sm_120)."""
 
 PLAIN = """
-extern "C" __global__ void scale(float* y, const float* x, float factor, int n) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) y[i] = x[i] * factor;
-}
+extern "C" __global__ void scale(float* y, float factor) { y[threadIdx.x] *= factor; }
 """
 GREEDY = """
 extern "C" __global__ void plain(float* y) {
@@ -119,11 +116,13 @@ def most_threads(name):
     return launches.WARP * launches.COMBINE_TOKENS[int(tokens)][1] if kind == "combine" else 512
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_kernels_compile_without_spills_and_within_their_registers(architecture, request):
+def test_the_kernels_compile_without_remarks_or_spills_and_within_their_registers(architecture, request):
     compiled = request.getfixturevalue("compiled_kernels")[architecture]  # after the check that there is a compiler
     assert compiled.cubin[:4] == b"\x7fELF"
+    assert "warning" not in compiled.log
     found = resources(compiled.log)
     assert set(found) == set(launches.kernels())
     for name, used in found.items():
@@ -134,13 +133,7 @@ def test_the_kernels_compile_without_spills_and_within_their_registers(architect
 
 
 @pytest.mark.usefixtures("compiler")
-def test_the_kernels_compile_without_a_remark(request):
-    for architecture, compiled in request.getfixturevalue("compiled_kernels").items():
-        assert "warning" not in compiled.log, f"{architecture}: {compiled.log}"
-
-
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [ARCHITECTURES[0], ARCHITECTURES[-1]])
 def test_spills_and_local_arrays_are_found(architecture):
     found = resources(nvrtc.compile_afresh(GREEDY, architecture, (VERBOSE, "--maxrregcount=32")).log)
     assert set(found) == {"plain", "spills", "indexes"}
@@ -153,7 +146,11 @@ def test_spills_and_local_arrays_are_found(architecture):
 
 
 @pytest.mark.usefixtures("compiler")
-def test_an_error_says_what_and_where_without_the_whole_log():
+def test_what_compiles_is_kept_and_an_error_says_what_and_where(own_cache):
+    first = nvrtc.compile_cubin(PLAIN, "sm_90", ("-std=c++17",))
+    assert first.cubin[:4] == b"\x7fELF"
+    assert len(list(own_cache.iterdir())) == 1
+    assert nvrtc.compile_cubin(PLAIN, "sm_90", ("-std=c++17",)) == Compiled(first.cubin, "")
     lines = "\n".join(f"int wrong_{i} = missing_{i};" for i in range(60))
     with pytest.raises(KernelError) as raised:
         nvrtc.compile_cubin(lines, "sm_90")
@@ -177,15 +174,6 @@ def test_a_gpu_gets_the_newest_architecture_that_it_runs(monkeypatch):
     for capability in ((12, 0), (7, 0)):
         with pytest.raises(UnavailableError, match=f"compute capability {capability[0]}.{capability[1]}"):
             nvrtc.architecture_for(capability)
-
-
-@pytest.mark.usefixtures("compiler")
-def test_the_cache_gives_what_was_compiled(own_cache):
-    first = nvrtc.compile_cubin(PLAIN, "sm_90", ("-std=c++17",))
-    assert len(list(own_cache.iterdir())) == 1
-    again = nvrtc.compile_cubin(PLAIN, "sm_90", ("-std=c++17",))
-    assert again == Compiled(first.cubin, "")
-    assert first.cubin[:4] == b"\x7fELF"
 
 
 def test_without_nvrtc_the_error_says_what_to_install(monkeypatch):
@@ -227,11 +215,11 @@ def test_whatever_changes_the_code_changes_the_key(compilations, monkeypatch):
     assert [nvrtc.compile_cubin(*case).cubin for case in cases] == cubins
     assert len(compilations) == len(cases)
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 1))
-    nvrtc.compile_cubin(*cases[0])
+    assert nvrtc.compile_cubin(*cases[0]).log == "said"
     assert len(compilations) == len(cases) + 1
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "head", "byte", "longer"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "byte", "longer"])
 def test_a_damaged_entry_is_compiled_again_and_mended(compilations, own_cache, caplog, damage):
     caplog.set_level(logging.INFO)
     nvrtc.compile_cubin(PLAIN, "sm_90")
@@ -242,7 +230,6 @@ def test_a_damaged_entry_is_compiled_again_and_mended(compilations, own_cache, c
         {
             "empty": b"",
             "cut": whole[:-1],
-            "head": whole[:20],
             "byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
             "longer": whole + b"\0",
         }[damage]
@@ -253,30 +240,29 @@ def test_a_damaged_entry_is_compiled_again_and_mended(compilations, own_cache, c
     assert len(compilations) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(compilations, tmp_path, monkeypatch, caplog):
+def test_a_cache_that_cannot_be_written_is_no_error(compilations, own_cache, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("COSPADI_CACHE", str(tmp_path / "file"))
-    for count in (1, 2):
-        assert nvrtc.compile_cubin(PLAIN, "sm_90").cubin == f"sm_90 {count}".encode() * 100
-    assert "are not cached" in caplog.text
-    assert all(record.levelno == logging.INFO for record in caplog.records if record.name == cache.logger.name)
 
-
-def test_a_write_that_fails_leaves_nothing_behind(compilations, own_cache, monkeypatch):
     def refuse(*names):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(os, "replace", refuse)
-    nvrtc.compile_cubin(PLAIN, "sm_90")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        nvrtc.compile_cubin(PLAIN, "sm_90")
     assert list(own_cache.iterdir()) == []
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("COSPADI_CACHE", str(tmp_path / "file"))
+    for count in (2, 3):
+        assert nvrtc.compile_cubin(PLAIN, "sm_90").cubin == f"sm_90 {count}".encode() * 100
+    assert "are not cached" in caplog.text
+    assert all(record.levelno == logging.INFO for record in caplog.records if record.name == cache.logger.name)
 
 
 def test_processes_that_write_the_same_entry_never_show_half_of_it(own_cache):
     code = (
         "import sys\n"
         "from cospadi.backends import kernel_cache as cache\n"
-        "for i in range(150): cache.write('key', sys.argv[1].encode() * 200_000)\n"
+        "for i in range(40): cache.write('key', sys.argv[1].encode() * 200_000)\n"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, letter]) for letter in "ab"]
     seen = set()

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import math
 import shutil
 import struct
 import subprocess
@@ -23,7 +22,7 @@ from cospadi.backends.cuda.nvrtc import Compiled, KernelError
 from cospadi.errors import UnavailableError
 from cospadi.registry import Availability
 
-# A kernel's name holds its parameters after the last underscore: P, i or f each.  That is what a real driver reads from
+# A kernel's name holds its parameters after the last underscore: P or i each.  That is what a real driver reads from
 # the machine code, and the only way to know how many bytes of each argument to take.
 FAKE = r"""
 #include <stdint.h>
@@ -135,27 +134,26 @@ def as_sent(value):
         return value.data_ptr()
     if value is None:
         return 0
-    return int.from_bytes(struct.pack("<i" if isinstance(value, int) else "<f", value), "little")
+    return value % 2**32
 
 
 def test_a_launch_arrives_as_it_was_given(fake):
     tensors = [torch.zeros(3), torch.zeros(2, dtype=torch.uint8), torch.nn.Parameter(torch.zeros(1))]
-    args = (tensors[0], 7, tensors[1], None, -(2**31), 0.1, 2**31 - 1, tensors[2], -0.0, None)
-    kernel_of(fake, "mixed_PiPPifiPfP").launch((2**31 - 1, 65535, 3), (128, 2, 4), 99_000, args)
+    args = (tensors[0], 7, tensors[1], None, -(2**31), 2**31 - 1, tensors[2], None)
+    kernel_of(fake, "mixed_PiPPiiPP").launch((2**31 - 1, 65535, 3), (128, 2, 4), 99_000, args)
     found = launched(fake)
-    assert (found.name, found.n) == (b"mixed_PiPPifiPfP", len(args))
+    assert (found.name, found.n) == (b"mixed_PiPPiiPP", len(args))
     assert (list(found.grid), list(found.block), found.shared) == ([2**31 - 1, 65535, 3], [128, 2, 4], 99_000)
     assert (found.stream, found.context, found.extra) == (STREAM, CONTEXT, None)
     assert list(found.value)[: found.n] == [as_sent(value) for value in args]
     assert tensors[0].data_ptr() > 2**32  # so that pointers cut to 32 bits would have been found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.one_of(
             st.integers(-(2**31), 2**31 - 1),
-            st.floats(width=32),
             st.none(),
             st.integers(1, 5).map(lambda n: torch.zeros(n)),
         ),
@@ -167,31 +165,13 @@ def test_any_arguments_arrive_exactly(built, args):
     library.become.argtypes = [ctypes.c_void_p]
     library.become(CONTEXT)
     number(library, "n_names").value = 0
-    letters = "".join(
-        "P" if a is None or isinstance(a, torch.Tensor) else "i" if isinstance(a, int) else "f" for a in args
-    )
+    letters = "".join("i" if isinstance(a, int) else "P" for a in args)
     kernel = kernel_of(library, f"any_{letters}")
     for _ in range(2):  # the second time in memory that was used before
         kernel.launch((1, 1, 1), (32, 1, 1), 0, tuple(args))
         found = launched(library)
         assert found.n == len(args)
-        for value, bits in zip(args, found.value, strict=False):
-            if isinstance(value, float) and math.isnan(value):
-                assert math.isnan(struct.unpack("<f", bits.to_bytes(4, "little"))[0])
-            else:
-                assert bits == as_sent(value)
-
-
-def test_the_same_kernel_takes_arguments_of_other_types(fake):
-    kernel, tensor = kernel_of(fake, "either_P"), torch.zeros(1)
-    for value in (tensor, None, tensor):
-        kernel.launch((1, 1, 1), (1, 1, 1), 0, (value,))
-        assert launched(fake).value[0] == as_sent(value)
-
-
-def test_floats_beyond_float32_become_infinite_as_in_c(fake):
-    kernel_of(fake, "huge_f").launch((1, 1, 1), (1, 1, 1), 0, (-1e300,))
-    assert launched(fake).value[0] == as_sent(-math.inf)
+        assert list(found.value)[: found.n] == [as_sent(value) for value in args]
 
 
 def test_threads_do_not_share_the_memory_of_their_arguments(fake):
@@ -276,6 +256,7 @@ def test_shared_memory_is_asked_for(fake):
     ("value", "words"),
     [
         (True, "bool is no tensor"),
+        (0.5, "float is no tensor"),
         (np.int32(3), "int32 is no tensor"),
         ("x", "str is no tensor"),
         (2**31, "2147483648"),
@@ -287,12 +268,8 @@ def test_arguments_that_do_not_fit_are_refused(fake, value, words):
     kernel = kernel_of(fake, "strict_iP")
     with pytest.raises(KernelError, match=f"strict_iP.*{words}"):
         kernel.launch((1, 1, 1), (1, 1, 1), 0, (value, None))
-    assert number(fake, "n_launches").value == 0
-
-
-def test_a_tensor_of_another_device_is_refused(fake):
-    kernel = DriverModule(Driver(fake), b"\x7fELF, not really", 0, lambda: STREAM).kernel("there_iP")
-    with pytest.raises(KernelError, match="there_iP, argument 1: the tensor is on cpu, not on cuda:0"):
+    kernel._index = 0
+    with pytest.raises(KernelError, match="strict_iP, argument 1: the tensor is on cpu, not on cuda:0"):
         kernel.launch((1, 1, 1), (1, 1, 1), 0, (1, torch.zeros(1)))
     assert number(fake, "n_launches").value == 0
 
@@ -400,24 +377,21 @@ def test_cupy_is_the_second_choice_and_the_log_says_so(cupy, monkeypatch, caplog
         load_module("code", (), device)
 
 
-def test_cupy_gets_arguments_of_the_right_sizes_on_torchs_stream(cupy):
-    kernel = load_module("code", (), torch.device("cuda", 0), loader="cupy").kernel("mixed")
+def test_cupy_gets_arguments_of_the_right_sizes_on_torchs_stream(cupy, monkeypatch):
+    monkeypatch.setattr(nvrtc, "availability", lambda: Availability(False, "no NVRTC"))
+    kernel = load_module("code", (), torch.device("cuda", 0)).kernel("mixed")
     kernel._index = -1  # so that tensors of the CPU pass
     tensor = torch.zeros(2)
-    kernel.launch((3, 2, 1), (64, 1, 1), 48, (tensor, -7, 0.1, None))
+    kernel.launch((3, 2, 1), (64, 1, 1), 48, (tensor, -7, None))
     name, grid, block, args, shared, active = cupy.calls[-1]
     assert (name, grid, block, shared) == ("mixed", (3, 2, 1), (64, 1, 1), 48)
     assert active == (("device", -1), ("stream", STREAM - 1, -1))
-    assert [value.dtype for value in args] == [np.uint64, np.int32, np.float32, np.uint64]
-    assert [value.item() for value in args] == [tensor.data_ptr(), -7, np.float32(0.1), 0]
+    assert [value.dtype for value in args] == [np.uint64, np.int32, np.uint64]
+    assert [value.item() for value in args] == [tensor.data_ptr(), -7, 0]
     for value in (2**31, True, np.int32(1)):
         with pytest.raises(KernelError, match="mixed, argument 0"):
             kernel.launch((1, 1, 1), (1, 1, 1), 0, (value,))
     kernel.allow_shared(70_000)
     assert kernel._function.max_dynamic_shared_size_bytes == 70_000
-
-
-def test_cupys_errors_name_the_kernel(cupy):
-    made = load_module("code", (), torch.device("cuda", 0), loader="cupy")
     with pytest.raises(KernelError, match="absent: named symbol not found"):
-        made.kernel("absent")
+        load_module("code", (), torch.device("cuda", 0)).kernel("absent")

@@ -12,7 +12,6 @@ from cospadi.backends.bitmap import bitmap_of
 from cospadi.backends.cuda import launches
 from cospadi.backends.cuda import runtime as cuda
 from cospadi.backends.cuda.layout import SLAB_ATOMS, TILE, Rows, Slabs, rows_of, slabs_of
-from cospadi.errors import UsageError
 from cospadi.formats.base import FORMATS, PackedDictionary
 from tests.backends import backend_cases
 from tests.backends.emulator.emulated import COMPILER, ORDERS, EmulatedModule, Fault, build
@@ -63,95 +62,66 @@ def uninitialised_memory_is_nan():
 
 
 @dataclass(frozen=True)
-class Case:
-    n_tokens: int = 3
-    n_atoms: int = 75
-    in_features: int = 45
-    widths: tuple[int, ...] = (37, 5)
-    density: float | None = 0.5  # None: another one in every column
+class Case(backend_cases.Case):
+    """A group of layers in 16 bits, or with 8-bit values, and how the backend runs it."""
+
     dtype: torch.dtype = BF16
-    eight_bit: bool = False
+    value_dtype: str = "bfloat16"
     member: int | None = None
     n_processors: int = 1
     options: dict = field(default_factory=dict)
-    seed: int = 0
+    alone: bool = False  # the coefficients without the dictionary
 
-    def dictionary(self):
-        values = torch.randn(self.n_atoms, self.in_features, generator=self._generator(0)) / self.in_features**0.5
-        if not self.eight_bit:
-            return PackedDictionary(values.to(self.dtype))
-        scales = values.abs().amax(dim=1) / 127 + 1e-30
-        return PackedDictionary((values / scales.unsqueeze(1)).round().to(torch.int8), scales)
-
-    def members(self):
-        generator, codec = self._generator(1), FORMATS.create("bitmask")
-        found = []
-        for width in self.widths:
-            density = torch.rand(width, generator=generator) if self.density is None else self.density
-            S = torch.randn(self.n_atoms, width, generator=generator)
-            S = S.sign() * (S.abs() + 0.1)  # so that no stored value is zero
-            S = S * (torch.rand(self.n_atoms, width, generator=generator) < density)
-            value_dtype = "int8" if self.eight_bit else str(self.dtype).removeprefix("torch.")
-            found.append(codec.pack(S, value_dtype))
-        return found
-
-    def x(self):
-        return torch.randn(self.n_tokens, self.in_features, generator=self._generator(2)).to(self.dtype)
-
-    def run(self, path, order="forward", seed=0):
+    def run(self, path, order="forward", seed=0, x=None):
+        """Give y, and the names and arguments of the kernels that were launched."""
         module = EmulatedModule(path, order, seed)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda, "machine_of", lambda device: cuda.Machine(module, self.n_processors, None))
             backend, placement = cuda.CudaBackend(**self.options), Placement(CPU, self.dtype)
-            dictionary = backend.prepare_dictionary(self.dictionary(), placement)
+            dictionary = None if self.alone else backend.prepare_dictionary(self.dictionary(), placement)
             coefficients = backend.prepare_coefficients(self.members(), placement)
-            y = backend.multiply(dictionary, coefficients, self.x(), self.member)
+            y = backend.multiply(dictionary, coefficients, self.x() if x is None else x, self.member)
+        assert (y.dtype, y.is_contiguous()) == (self.dtype, True)
         return y, module.launched
 
     def reference(self):
         """Give z and S in float64, z rounded as between the kernels, what large products expand rounded as there."""
         backend = cuda.CudaBackend(**self.options)
-        stored = self.dictionary()
-        D = stored.values.double()
-        if stored.scales is not None:
-            D = D * stored.scales.double().unsqueeze(1)
-            D = D.to(self.dtype).double() if self.n_tokens > backend.project_tokens else D
-        members = self.members() if self.member is None else [self.members()[self.member]]
-        S = torch.cat([FORMATS.create("bitmask").unpack(packed) for packed in members], dim=1)
-        S = S.to(self.dtype) if self.n_tokens > backend.combine_tokens else S
-        return (self.x().double() @ D.T).to(self.dtype).double(), S.double()
+        D, S = self.stored()
+        S = S if self.member is None else S.split(self.widths, dim=1)[self.member]
+        D = D.to(self.dtype).double() if self.n_tokens > backend.project_tokens else D
+        S = S.to(self.dtype).double() if self.n_tokens > backend.combine_tokens else S
+        return (self.x().double() @ D).to(self.dtype).double(), S
 
     def check(self, path, **order):
         y, launched = self.run(path, **order)
         z, S = self.reference()
         expected = z @ S
-        assert (y.shape, y.dtype, y.is_contiguous()) == (expected.shape, self.dtype, True)
+        assert y.shape == expected.shape
         assert float((y.double() - expected).norm()) <= TOLERANCE[self.dtype] * float(expected.norm())
         return [name for name, _ in launched]
 
-    def _generator(self, stream):
-        return torch.Generator().manual_seed(10 * self.seed + stream)
-
 
 PREFILL = {"combine_tokens": 4, "project_tokens": 4}
-ALL_SIZES = [1, 2, 7, 8, 9, 16, 17, 64]
+VALUES = pytest.mark.parametrize(
+    ("dtype", "value_dtype"), [(BF16, "bfloat16"), (BF16, "int8"), (F16, "float16"), (F16, "int8")], ids=str
+)
+CORNERS = pytest.mark.parametrize(("dtype", "value_dtype"), [(BF16, "int8"), (F16, "float16")], ids=str)
 SHAPES = {
     "odd": {},
-    "whole": {"n_atoms": 128, "in_features": 64, "widths": (32,)},
+    "whole": {"n_atoms": 128, "in_features": 64, "widths": (32,), "density": 1.0},
     "one": {"n_atoms": 1, "in_features": 1, "widths": (1, 1)},
     "several slabs": {"n_atoms": 321, "in_features": 200, "widths": (17, 16, 15)},
     "empty": {"density": 0.0},
-    "full": {"density": 1.0, "n_atoms": 130},
     "ragged": {"density": None, "n_atoms": 150},
 }
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("eight_bit", [False, True], ids=["16-bit", "8-bit"])
+@VALUES
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_right(library, shape, eight_bit, dtype):
-    case = Case(**SHAPES[shape], dtype=dtype, eight_bit=eight_bit)
-    for n_tokens in ALL_SIZES:
+def test_products_are_right(library, shape, value_dtype, dtype):
+    case = Case(**SHAPES[shape], dtype=dtype, value_dtype=value_dtype)
+    for n_tokens in (1, 8, 9, 17, 64):
         replace(case, n_tokens=n_tokens).check(library)
     replace(case, n_tokens=9, options=PREFILL).check(library)
 
@@ -163,17 +133,17 @@ def test_products_are_right(library, shape, eight_bit, dtype):
     in_features=st.integers(1, 200),
     widths=st.lists(st.integers(1, 50), min_size=1, max_size=3),
     density=st.sampled_from([None, 0.0, 0.02, 0.5, 0.95, 1.0]),
-    dtype=st.sampled_from(TYPES),
-    eight_bit=st.booleans(),
+    values=st.sampled_from([(BF16, "bfloat16"), (BF16, "int8"), (F16, "float16"), (F16, "int8")]),
     which=st.integers(-1, 2),
     n_processors=st.sampled_from([1, 8, 132]),
     options=st.sampled_from([{}, PREFILL, {"project_tokens": 0}, {"combine_tokens": 0}]),
     order=st.sampled_from(ORDERS),
     seed=st.integers(0, 99),
 )
-def test_products_are_right_for_any_shape(library, widths, which, order, seed, **sizes):
+def test_products_are_right_for_any_shape(library, values, widths, which, order, seed, **sizes):
     member = which if 0 <= which < len(widths) else None
-    case = Case(**sizes, widths=tuple(widths), member=member, seed=seed)
+    dtype, value_dtype = values
+    case = Case(**sizes, dtype=dtype, value_dtype=value_dtype, widths=tuple(widths), member=member, seed=seed)
     y, _ = case.run(library, order, seed)
     z, S = case.reference()
     assert y.shape == (case.n_tokens, S.shape[1])
@@ -181,71 +151,47 @@ def test_products_are_right_for_any_shape(library, widths, which, order, seed, *
     assert float((y.double() - z @ S).norm()) <= TOLERANCE[case.dtype] * float((z.abs() @ S.abs()).norm())
 
 
-@pytest.mark.parametrize("eight_bit", [False, True])
-def test_one_member_has_the_columns_that_it_has_among_all(library, eight_bit):
-    for n_tokens, options in ((3, {}), (20, {}), (5, PREFILL)):
-        case = Case(widths=(37, 16, 5), n_tokens=n_tokens, options=options, eight_bit=eight_bit)
-        together = case.run(library)[0].split(case.widths, dim=1)
-        for member, expected in enumerate(together):
-            alone, _ = replace(case, member=member).run(library)
-            # Fewer columns may be shared among warps in another way, which changes the order of sums.
-            torch.testing.assert_close(alone, expected, rtol=2**-7, atol=1e-5)
-
-
 STORED = [("bitmask", v, d) for v in ("bfloat16", "int8", "int4") for d in ("bfloat16", "int8", "int4g32")]
 STORED += [("identity", "none", d) for d in ("bfloat16", "float32", "int8", "int6g64", "int2g32")]
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("format", "value_dtype", "dictionary_dtype"), STORED)
-def test_every_pair_of_dtypes_and_layers_that_are_only_quantised_run(
-    library, format, value_dtype, dictionary_dtype, dtype
-):
-    fields = {"format": format, "value_dtype": value_dtype, "dictionary_dtype": dictionary_dtype, "dtype": dtype}
-    for n_atoms in (1, 75, 128):
+def test_every_pair_of_dtypes_and_layers_that_are_only_quantised_run(library, format, value_dtype, dictionary_dtype):
+    fields = {"format": format, "value_dtype": value_dtype, "dictionary_dtype": dictionary_dtype, "n_processors": 4}
+    for n_atoms, dtype in ((1, BF16), (75, F16), (75, BF16), (128, F16)):
         widths = (n_atoms,) if format == "identity" else (37, 5)
-        for n_tokens, options in ((0, {}), (1, {}), (9, {}), (17, {}), (9, PREFILL)):
-            case = backend_cases.Case(n_tokens, n_atoms, 45, widths, **fields)
-            module = EmulatedModule(library)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cuda, "machine_of", lambda device, module=module: cuda.Machine(module, 4, None))
-                backend, placement = cuda.CudaBackend(**options), Placement(CPU, dtype)
-                dictionary = backend.prepare_dictionary(case.dictionary(), placement)
-                coefficients = backend.prepare_coefficients(case.members(), placement)
-                y = backend.multiply(dictionary, coefficients, case.x(), None)
-            assert (y.dtype, y.is_contiguous()) == (dtype, True)
+        for n_tokens, options in ((0, {}), (1, {}), (17, {}), (9, PREFILL)):
+            case = Case(n_tokens, n_atoms, 45, widths, dtype=dtype, options=options, **fields)
+            y, launched = case.run(library)
             backend_cases.check(case, y)
             if format == "identity":
-                assert {name.split("_")[0] for name, _ in module.launched} <= {"project", "finish"}
+                assert {name.split("_")[0] for name, _ in launched} <= {"project", "finish"}
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("value_dtype", ["bfloat16", "int8"])
+@CORNERS
 def test_coefficients_run_alone(library, program, value_dtype, dtype):
     """As where the dictionary is on the side of the outputs; 64 and 128 are whole slabs, whose rows are not copied."""
-    for n_atoms, widths in ((1, (1,)), (64, (37,)), (75, (37, 5)), (128, (16,)), (321, (70,))):
-        for n_tokens, options in ((0, {}), (1, {}), (9, {}), (33, {}), (9, PREFILL)):
-            case = backend_cases.Case(n_tokens, n_atoms, n_atoms, widths, None, dtype, value_dtype=value_dtype)
+    for n_atoms, widths in ((1, (1,)), (64, (37,)), (75, (37, 5)), (321, (70,))):
+        for n_tokens, options in ((0, {}), (1, {}), (33, {}), (9, PREFILL)):
+            fields = {"value_dtype": value_dtype, "n_processors": 4, "options": options, "alone": True}
+            case = Case(n_tokens, n_atoms, n_atoms, widths, None, dtype, **fields)
             x = torch.empty(n_tokens * n_atoms + 1, dtype=dtype)[1:].view(n_tokens, n_atoms).copy_(case.x())
             for path, member in ((library, None), (program, len(widths) - 1)):
-                module = EmulatedModule(path)
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(cuda, "machine_of", lambda device, module=module: cuda.Machine(module, 4, None))
-                    backend = cuda.CudaBackend(**options)
-                    coefficients = backend.prepare_coefficients(case.members(), Placement(CPU, dtype))
-                    y = backend.multiply(None, coefficients, x, member)
+                y, launched = replace(case, member=member).run(path, x=x)
                 S = case.stored()[1] if member is None else case.stored()[1].split(widths, dim=1)[member]
-                assert (y.dtype, y.is_contiguous()) == (dtype, True)
                 backend_cases.check_product(x, torch.eye(n_atoms, dtype=torch.float64), S, y)
-                assert {name.split("_")[0] for name, _ in module.launched} <= {"combine", "densify", "finish"}
+                assert {name.split("_")[0] for name, _ in launched} <= {"combine", "densify", "finish"}
 
 
+FEW_ATOMS = {"n_atoms": 20, "in_features": 4200, "widths": (9,)}
+FEW_COLUMNS = {"n_atoms": 4100, "in_features": 9, "widths": (20, 9)}
 ORDERED = [
     *(Case(n, n_atoms=300, in_features=600, n_processors=p) for n in (3, 20) for p in (1, 132)),
-    *(Case(n, n_atoms=300, eight_bit=True) for n in (3, 16, 64)),
+    *(Case(n, n_atoms=300, value_dtype="int8") for n in (3, 16, 64)),
+    *(Case(n, n_processors=132, **shape) for n, shape in ((3, FEW_ATOMS), (9, FEW_COLUMNS))),  # sums are split
     # Some slabs more than a warp has stages for.
     Case(n_atoms=1300),
-    Case(n_atoms=1300, n_tokens=16, eight_bit=True),
+    Case(n_atoms=1300, n_tokens=16, value_dtype="int8"),
     Case(n_tokens=5, options=PREFILL),
 ]
 
@@ -257,31 +203,19 @@ def test_the_order_of_threads_and_copies_does_not_change_a_bit(library, case):
         assert torch.equal(case.run(library, order, seed)[0], expected)
 
 
-FEW_ATOMS = {"n_atoms": 20, "in_features": 4200, "widths": (9,)}
-FEW_COLUMNS = {"n_atoms": 4100, "in_features": 9, "widths": (20, 9)}
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("eight_bit", [False, True])
+@VALUES
 @pytest.mark.parametrize("shape", [FEW_ATOMS, FEW_COLUMNS], ids=["D", "S"])
-def test_sums_over_several_blocks_are_right(library, shape, eight_bit, dtype):
-    alone, split = Case(**shape, dtype=dtype, eight_bit=eight_bit), f"finish_{'bf16' if dtype == BF16 else 'f16'}"
-    assert split not in alone.check(library)
-    assert split in replace(alone, n_processors=132).check(library)
-    assert split in replace(alone, n_processors=132, member=0).check(library, order="reverse")
-
-
-def test_split_sums_have_the_same_bits_every_time(library):
-    for case in (Case(**FEW_ATOMS, n_processors=132), Case(**FEW_COLUMNS, n_processors=132, n_tokens=9)):
-        expected, launched = case.run(library)
-        assert any(name == "finish_bf16" for name, _ in launched)
-        assert torch.equal(case.run(library, "random", 1)[0], expected)
+def test_sums_over_several_blocks_are_right(library, shape, value_dtype, dtype):
+    whole, split = Case(**shape, dtype=dtype, value_dtype=value_dtype), f"finish_{'bf16' if dtype == BF16 else 'f16'}"
+    assert split not in whole.check(library)
+    assert split in replace(whole, n_processors=132).check(library)
+    assert split in replace(whole, n_processors=132, member=0).check(library, order="reverse")
 
 
 def sanitized_cases():
-    for dtype in TYPES:
-        for eight_bit in (False, True):
-            case = Case(dtype=dtype, eight_bit=eight_bit)
+    for dtype, name in ((BF16, "bfloat16"), (F16, "float16")):
+        for value_dtype in (name, "int8"):
+            case = Case(dtype=dtype, value_dtype=value_dtype)
             yield from (replace(case, n_tokens=n) for n in (1, 9, 17, 33))
             yield replace(case, n_tokens=2, **FEW_ATOMS, n_processors=132)
             yield replace(case, options=PREFILL, n_tokens=9, member=1)
@@ -289,6 +223,7 @@ def sanitized_cases():
             yield replace(case, density=0.0, n_atoms=1, in_features=1, widths=(1, 1), member=1, n_tokens=1)
 
 
+@pytest.mark.slow
 def test_no_kernel_reads_or_writes_out_of_bounds(program):
     launched = set()
     for case in sanitized_cases():
@@ -330,7 +265,7 @@ def test_the_emulator_finds_races(library):
 
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_slabs_hold_every_entry_where_the_docstring_says(eight_bit):
-    case = Case(n_atoms=150, widths=(37, 5), density=None, eight_bit=eight_bit)
+    case = Case(n_atoms=150, density=None, value_dtype="int8" if eight_bit else "bfloat16")
     bitmap = bitmap_of(case.members(), CPU)
     slabs = slabs_of(bitmap, BF16)
     values = slabs.values.view(torch.int8 if eight_bit else BF16).double()
@@ -363,23 +298,19 @@ def test_large_layers_are_repacked_in_parts(monkeypatch):
         assert torch.equal(getattr(parts, name), getattr(whole, name))
 
 
-def test_a_dictionary_that_fits_is_not_copied():
+def test_what_is_aligned_is_not_copied_and_the_rest_is(library):
     values = torch.randn(5, 48).to(torch.int8)
     assert rows_of(PackedDictionary(values, torch.ones(5)), CPU, BF16).values.data_ptr() == values.data_ptr()
     assert rows_of(PackedDictionary(values[:, :47], torch.ones(5)), CPU, BF16).row_length == 48
-
-
-def test_inputs_that_begin_anywhere_are_aligned_for_the_kernel(library):
     case = Case(in_features=48)
     x = torch.empty(3 * 48 + 1, dtype=BF16)[1:].view(3, 48).copy_(case.x())
     assert x.data_ptr() % 16
-    object.__setattr__(case, "x", lambda: x)
-    y, launched = case.run(library)
+    y, launched = case.run(library, x=x)
     assert launched[0][1][2].data_ptr() % 16 == 0
-    assert torch.equal(y, Case(in_features=48).run(library)[0])
+    assert torch.equal(y, case.run(library)[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     n_tokens=st.integers(1, 300),
     width=st.integers(1, 30000),
@@ -427,12 +358,12 @@ def test_launches_keep_to_the_limits_of_every_gpu(n_tokens, width, n_atoms, valu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_longer_dtypes_take_two_dense_products(dtype):
-    case = Case(dtype=dtype)
+    case = Case(dtype=dtype, value_dtype="float32")
     backend, placement = cuda.CudaBackend(), Placement(CPU, dtype)
     members = [FORMATS.create("bitmask").pack(torch.eye(case.n_atoms, 7), "float32")] * 2
     dictionary = backend.prepare_dictionary(case.dictionary(), placement)
     coefficients = backend.prepare_coefficients(members, placement)
-    expected = case.x() @ case.dictionary().values[:7].T
+    expected = case.x() @ case.dictionary().values[:7].T.to(dtype)
     for member, columns in ((None, 2), (1, 1)):
         y = backend.multiply(dictionary, coefficients, case.x(), member)
         torch.testing.assert_close(y, expected.repeat(1, columns))
@@ -449,8 +380,3 @@ def test_old_gpus_and_other_devices_are_refused_with_a_reason(monkeypatch):
     assert "8.0" in state.reason
     assert "cpu" in backend.supports(packed, Placement(CPU, BF16)).reason
     assert "int8" in backend.supports(packed, Placement(torch.device("cuda:0"), torch.int8)).reason
-
-
-def test_a_negative_number_of_tokens_is_a_usage_error():
-    with pytest.raises(UsageError, match="combine_tokens=-1"):
-        cuda.CudaBackend(combine_tokens=-1)

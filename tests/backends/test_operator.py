@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cospadi.formats.base import FORMATS
-from tests.backends.backend_cases import FORMAT_NAMES, Block, Case, check_product
+from tests.backends.backend_cases import Block, Case, check_product
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -42,11 +42,10 @@ def _unpacked(layer):
 # The operator's registrations
 
 
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("member", [-1, 1])
+@pytest.mark.parametrize(("member", "value_dtype"), [(-1, "float32"), (1, "float32"), (-1, "int8")])
 def test_the_operator_keeps_the_rules_of_torch(member, value_dtype):
     block = Block(Case(widths=(7, 5), n_atoms=19, in_features=11, value_dtype=value_dtype))
-    for shape in ((3, 11), (2, 3, 11), (11,), (0, 11)):
+    for shape in ((2, 3, 11), (11,), (0, 11)):
         torch.library.opcheck(LINEAR, arguments(block, torch.randn(shape), member))
     if value_dtype == "float32":
         x = torch.randn(3, 11, requires_grad=True)
@@ -58,13 +57,6 @@ def test_the_backward_operator_keeps_the_rules_of_torch(block):
         x, dictionary, stored, handle, _ = arguments(block, torch.randn(4, 11), member)
         wanted = [True, True, *(tensor.is_floating_point() for tensor in stored)]
         torch.library.opcheck(BACKWARD, (torch.randn(4, width), x, dictionary, stored, handle, member, wanted))
-
-
-def test_the_result_on_the_meta_device_has_the_shape_of_the_real_one(block):
-    x, dictionary, stored, handle, _ = arguments(block, torch.randn(2, 4, 11), -1)
-    move = lambda tensors: [tensor.to("meta") for tensor in tensors]  # noqa: E731
-    y = LINEAR(x.to("meta"), move(dictionary), move(stored), handle, -1)
-    assert (y.device.type, y.shape) == ("meta", (2, 4, 21))
 
 
 # Compiled and exported
@@ -107,7 +99,7 @@ def test_a_compiled_block_takes_any_number_of_tokens(block, case):
 
 def test_compiled_layers_of_two_models_do_not_mix(case):
     """One function, compiled once for each model that it is given."""
-    models = [Block(Case(6, 19, 11, (7, 5, 9), seed=seed)) for seed in range(4)]
+    models = [Block(Case(6, 19, 11, (7, 5, 9), seed=seed)) for seed in range(2)]
     with torch.no_grad():
         compiled = torch.compile(lambda model, x: 2 * model(x), backend="aot_eager", fullgraph=True)
         x = case.x()
@@ -158,9 +150,8 @@ def test_an_exported_block_gives_the_same(block, case, strict):
         assert torch.equal(exported.module()(x), block(x))
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_a_traced_block_gives_the_same(case, backend):
-    block = Block(case, backend)
+def test_a_traced_block_gives_the_same(case):
+    block = Block(case, "cpu")
     with torch.no_grad():
         traced = torch.jit.trace(block, (case.x(),), check_trace=False)
         x = Case(6, in_features=11, seed=4).x()
@@ -170,8 +161,7 @@ def test_a_traced_block_gives_the_same(case, backend):
 # Gradients
 
 
-@pytest.mark.parametrize("format", FORMAT_NAMES)
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("format", "shared"), [("bitmask", True), ("bitmask", False), ("csr", True), ("dense", False)])
 def test_gradients_are_those_of_plain_torch(format, shared):
     block = trained(Block(Case(6, 19, 11, (7, 5), format=format)))
     x, g = torch.randn(2, 3, 11, dtype=F64), torch.randn(2, 3, 12, dtype=F64)
@@ -198,8 +188,8 @@ def test_gradients_go_only_where_they_are_wanted(block, case):
     assert [name for name, p in block.named_parameters() if p.grad is not None] == ["layers.m1.values"]
 
 
-@pytest.mark.parametrize("value_dtype", ["int8", "bfloat14"])
-def test_integer_factors_pass_gradients_to_x_alone(value_dtype):
+def test_integer_factors_pass_gradients_to_x_alone():
+    value_dtype = "bfloat14"
     block = Block(Case(6, 19, 11, (7, 5), value_dtype=value_dtype))
     for layer in block.layers.values():
         assert "values" in layer._buffers
@@ -221,15 +211,14 @@ def test_gradients_in_sixteen_bits_have_the_dtypes_of_their_tensors():
     assert {parameter.grad.dtype for parameter in block.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "cpu", "auto"])
+@pytest.mark.parametrize(("backend", "compiled"), [("torch", False), ("cpu", False), ("auto", True)])
 def test_fine_tuning_lowers_the_loss_and_every_step_is_seen(case, backend, compiled):
     block = trained(Block(case, backend))
     run = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
     optimizer = torch.optim.SGD(block.parameters(), lr=1e-5)
     x, target = case.x(), torch.zeros(6, 21)
     losses = []
-    for _ in range(5):
+    for _ in range(3):
         optimizer.zero_grad()
         loss = (run(x) - target).square().sum()
         loss.backward()
@@ -239,4 +228,4 @@ def test_fine_tuning_lowers_the_loss_and_every_step_is_seen(case, backend, compi
             torch.testing.assert_close(run(x), wanted, rtol=1e-4, atol=1e-3)
         losses.append(float(loss.detach()))
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.99 * losses[0]
+    assert losses[-1] < 0.995 * losses[0]

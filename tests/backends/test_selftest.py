@@ -49,11 +49,6 @@ def one_column_off(y, x, member):
     return y
 
 
-def one_unwritten(y, x, member):
-    y.flatten()[-1:] = torch.nan
-    return y
-
-
 def spoils_the_input(y, x, member):
     x[:1] += 1
     return y
@@ -71,14 +66,10 @@ def transposed(y, x, member):
     return y.T.contiguous().T if min(y.shape) > 1 else y
 
 
-class Drifting:
+def drifting():
     """Another last bit with every call."""
-
-    def __init__(self):
-        self.calls = count()
-
-    def __call__(self, y, x, member):
-        return torch.nextafter(y, y + 1) if next(self.calls) % 2 else y
+    calls = count()
+    return lambda y, x, member: torch.nextafter(y, y + 1) if next(calls) % 2 else y
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +81,11 @@ def shown():
     ("fault", "words"),
     [
         (one_column_off, "relative error"),
-        (one_unwritten, "nan"),
         (spoils_the_input, "the input was changed"),
         (one_layer_for_another, "layer 0: shape"),
         (in_another_order, "layer 0: relative error"),
         (transposed, "not contiguous"),
-        (Drifting(), "other bits the second time"),
+        (drifting(), "other bits the second time"),
         (lambda y, x, member: y.double(), "float64"),
         (lambda y, x, member: y.no_such_method(), "AttributeError"),
     ],
@@ -113,18 +103,12 @@ def test_a_right_backend_passes_with_its_cases_counted(shown):
     assert 0 < found.worst < found.allowed
 
 
-def test_what_is_not_supported_is_skipped_with_the_reason(shown):
+def test_checks_that_look_at_nothing_or_find_infinite_errors_do_not_pass(shown):
+    assert guarded("check", "nobody", None, lambda findings: "").verdict == "skipped"
     found = products(Wrapped(supported=False), PLACE, shown, (1,))
     assert (found.verdict, found.cases, found.worst, found.detail) == ("skipped", 0, None, "only on Sundays")
-
-
-def test_a_check_that_looks_at_nothing_does_not_pass():
-    assert guarded("check", "nobody", None, lambda findings: "").verdict == "skipped"
-
-
-def test_infinite_errors_are_not_numbers_in_the_report(shown):
     found = products(Wrapped(lambda y, x, member: y / 0), PLACE, shown, (1,))
-    assert (found.verdict, found.worst) == ("failed", None)
+    assert (found.verdict, found.worst) == ("failed", None), "JSON has no infinite numbers"
 
 
 def test_ksvd_on_torch_arrays_agrees_and_a_wrong_one_fails(monkeypatch):

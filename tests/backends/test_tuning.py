@@ -64,15 +64,11 @@ def test_threads_are_those_that_torch_has_now():
 
 def test_measuring_again_replaces_and_keeps_the_rest(cache):
     tuning.store_tuned([entry(7), entry(9, F32)])
+    tuning.options_for("cpu", CPU, BF16)["max_tokens"] = 99  # its own copy
+    assert tuning.options_for("cpu", CPU, BF16) == {"max_tokens": 7}
     tuning.store_tuned([entry(11)])
     assert {one.dtype: one.options["max_tokens"] for one in tuning.stored_tuned()} == {"bfloat16": 11, "float32": 9}
     assert [file.name for file in cache.iterdir()] == ["tuning.json"]
-
-
-def test_what_was_given_is_not_shared():
-    tuning.store_tuned([entry(7)])
-    tuning.options_for("cpu", CPU, BF16)["max_tokens"] = 99
-    assert tuning.options_for("cpu", CPU, BF16) == {"max_tokens": 7}
 
 
 def test_an_interrupted_write_leaves_the_old_file_whole(cache, monkeypatch):
@@ -113,23 +109,17 @@ def damaged(change):
 
 
 DAMAGES = {
-    "empty": "",
+    "no text": b"\xff\xfe\x00{",
     "cut": '{"version": 1, "entries": [',
     "list": "[]",
-    "number": "3",
-    "null": "null",
-    "no entries": '{"version": 1}',
     "other version": '{"version": 2, "entries": []}',
     "entries of another type": '{"version": 1, "entries": 5}',
     "entry of another type": '{"version": 1, "entries": [1]}',
     "missing key": lambda bad: bad.pop("threads"),
     "unknown key": lambda bad: bad.update(more=1),
-    "threads as text": lambda bad: bad.update(threads="2"),
     "unknown backend": lambda bad: bad.update(backend="abacus"),
     "unknown option": lambda bad: bad.update(options={"speed": 3}),
-    "options of another type": lambda bad: bad.update(options=[3]),
     "negative": lambda bad: bad.update(options={"max_tokens": -1}),
-    "boolean": lambda bad: bad.update(options={"max_tokens": True}),
     "fraction": lambda bad: bad.update(options={"max_tokens": 2.5}),
     "huge": lambda bad: bad.update(options={"max_tokens": 2**40}),
 }
@@ -138,7 +128,8 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_warned_of_once_and_ignored(cache, caplog, damage):
     cache.mkdir()
-    tuning.tuning_file().write_text(damaged(damage) if callable(damage) else damage)
+    content = damaged(damage) if callable(damage) else damage
+    tuning.tuning_file().write_bytes(content if isinstance(content, bytes) else content.encode())
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert tuning.options_for("cpu", CPU, BF16) == {}
@@ -148,13 +139,6 @@ def test_a_damaged_file_is_warned_of_once_and_ignored(cache, caplog, damage):
     assert "cospadi-cli tune" in record.getMessage()
     tuning.store_tuned([entry(5)])
     assert tuning.options_for("cpu", CPU, BF16) == {"max_tokens": 5}
-
-
-def test_bytes_that_are_no_text_are_damage_too(cache, caplog):
-    cache.mkdir()
-    tuning.tuning_file().write_bytes(b"\xff\xfe\x00{")
-    assert tuning.stored_tuned() == ()
-    assert "damaged" in caplog.text
 
 
 def test_a_folder_in_the_place_of_the_file_is_no_obstacle_to_running(cache, caplog):
@@ -177,14 +161,6 @@ def test_auto_runs_the_chosen_backend_with_what_was_measured():
     assert auto.AutoBackend().resolve(Placement(CPU, F32)) == CpuBackend()
     assert "max_tokens=7 (measured)" in auto.explain("auto", CPU, BF16)
     assert auto.explain("torch", CPU, BF16) == "torch"
-
-
-def test_auto_takes_the_kernels_where_they_run():
-    needs_cpu_kernels()
-    for dtype in (BF16, torch.float16, F32):
-        name, reason = auto.choose(CPU, dtype)
-        assert name == "cpu"
-        assert str(dtype).removeprefix("torch.") in reason
 
 
 def test_auto_says_why_it_takes_no_kernels(monkeypatch):

@@ -1,12 +1,11 @@
-"""The ``cpu`` backend: a few tokens straight from the stored bits, many tokens by two dense products.
+"""The ``cpu`` backend: kernels on the stored bits for few tokens, two dense products for many tokens.
 
-At decode a layer's bytes are read once per token and little is computed, so the kernels of kernels.c read D, mask and
-values as they are stored and expand them in registers.  For many tokens arithmetic decides, where torch's dense product
-(oneDNN) is best: S is then written out with its zeros first.
+With few tokens the time goes into reading the bytes of a layer.  The kernels of kernels.c read D, mask and values as
+they are stored and expand them in registers.  With many tokens the time goes into arithmetic, where the dense product
+of torch (oneDNN) is fastest.  S is then written out with its zeros first.
 
-There is no kernel for whole numbers of fewer than 8 bits yet: a dictionary of those becomes numbers in the dtype of x,
-and coefficients become 8-bit ones, once, when they are prepared.  Of a layer that is only quantised the product with D
-is all there is.
+There is no kernel for whole numbers of fewer than 8 bits yet.  Such a dictionary is converted to the dtype of x, and
+such coefficients to 8 bits, when they are prepared.  A layer that is only quantised takes the product with D alone.
 """
 
 import ctypes
@@ -28,16 +27,16 @@ from cospadi.registry import Availability
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _ROOM = 64
-"""Bytes that a load may run past what it needs."""
+"""Bytes by which a load may run past the data that it needs."""
 
 _PART_BYTES = 1 << 23
-"""Of S with its zeros, written out at a time: part of a last-level cache, allocated without a call to the system."""
+"""Bytes of dense S that are written out at a time.  They fit into a last-level cache."""
 
 _STACK_BYTES = 1 << 17
-"""Of scratch for one token that the kernels may take from the stack."""
+"""Most bytes of scratch for one token that the kernels take from the stack."""
 
 MAX_KERNEL_TOKENS = 32
-"""Most tokens for which the kernels are chosen, where nothing else was measured (docs/backends.md)."""
+"""Most tokens for which the kernels are chosen, unless another number was measured (docs/backends.md)."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,8 @@ class CpuBackend(Backend):
         return state
 
     def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> _Dictionary:
-        """Take the tensors as they are stored, but for strings of bits."""
-        # Tensors that lie elsewhere, such as on a GPU, would be addresses of nothing here.
+        """Keep the tensors as they are stored; convert strings of bits."""
+        # The kernels need addresses in the memory of the CPU, so tensors on other devices are moved.
         packed = without_strings(dictionary, placement)
         values, scales = packed.values, packed.scales
         struct = library.Dictionary(values.data_ptr(), _address(scales), *values.shape, _KINDS[values.dtype])
@@ -125,7 +124,7 @@ class CpuBackend(Backend):
         return _Dictionary(struct, ctypes.addressof(struct), in_features, scratch_bytes, packed, placement)
 
     def prepare_coefficients(self, members: Sequence[PackedCoefficients], placement: Placement) -> _Coefficients:
-        """Take the tensors as they are stored, but for other formats than the bitmask and strings of bits."""
+        """Keep a bitmask as it is stored; convert other formats and strings of bits."""
         kept: list[Tensor] = []
         widths = tuple(packed.out_features for packed in members)
         n_atoms, io = members[0].n_atoms, _KINDS[placement.dtype]
@@ -251,7 +250,7 @@ def _kernels(instructions: str) -> _Kernels:
 
 
 def _scratch_bytes(in_features: int, n_atoms: int) -> int:
-    """Count the scratch of a token: x, z, and z before it is rounded, each padded to whole steps; and two scales."""
+    """Give the bytes of scratch for a token: x, z, z before rounding, all padded to whole steps, and two scales."""
     return 4 * (in_features + 2 * n_atoms + 3 * 63 + 2)  # in at most 4 bytes each
 
 
@@ -260,7 +259,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _struct(packed: PackedCoefficients, kept: list[Tensor]) -> library.Coefficients:
-    """Describe a layer's tensors to the kernels; what they name is added to ``kept``."""
+    """Give the C structure of a layer; the tensors that it points to are added to ``kept``."""
     tensors = {name: tensor.detach().cpu() for name, tensor in packed.tensors.items()}
     packed = as_bitmask(replace(packed, tensors=tensors))
     mask = packed.tensors["mask"].contiguous()

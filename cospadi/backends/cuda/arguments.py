@@ -1,4 +1,4 @@
-"""What a kernel is started with: pointers, 32-bit integers and 32-bit floats."""
+"""Arguments of kernels: pointers and 32-bit integers."""
 
 import ctypes
 import struct
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from cospadi.backends.cuda.nvrtc import KernelError
 
-Argument: TypeAlias = Tensor | int | float | None
-"""A pointer to a tensor's first element, an int32, a float32 or a null pointer."""
+Argument: TypeAlias = Tensor | int | None
+"""A pointer to the first element of a tensor, an int32, or a null pointer."""
 
 
 def address_of(tensor: Tensor, index: int, name: str, position: int) -> int:
-    """Give a tensor's address, which must be on the device of this index: a kernel cannot read any other.
+    """Give the address of a tensor, which must be on the device of this index.
 
     Raises
     ------
     KernelError
-        The tensor, argument ``position`` of the kernel ``name``, is somewhere else.
+        The tensor, argument ``position`` of the kernel ``name``, is on another device.
     """
     if tensor.get_device() != index:
         raise KernelError(f"kernel {name}, argument {position}: the tensor is on {tensor.device}, not on cuda:{index}")
@@ -26,7 +26,7 @@ def address_of(tensor: Tensor, index: int, name: str, position: int) -> int:
 
 
 def letter_of(kind: type, name: str, position: int) -> str:
-    """Give the letter of module ``struct`` for arguments of a type: P, i or f.
+    """Give the letter of module ``struct`` for arguments of a type: P or i.
 
     Raises
     ------
@@ -35,11 +35,9 @@ def letter_of(kind: type, name: str, position: int) -> str:
     """
     if kind is int:
         return "i"
-    if kind is float:
-        return "f"
     if kind is type(None) or issubclass(kind, Tensor):
         return "P"
-    raise KernelError(f"kernel {name}, argument {position}: {kind.__name__} is no tensor, int, float or None")
+    raise KernelError(f"kernel {name}, argument {position}: {kind.__name__} is no tensor, int or None")
 
 
 @final

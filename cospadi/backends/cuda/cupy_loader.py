@@ -11,8 +11,6 @@ from cospadi.backends.cuda.arguments import Argument, address_of, letter_of
 from cospadi.backends.cuda.loaded_code import Kernel, Module, Size
 from cospadi.backends.cuda.nvrtc import KernelError
 
-_NUMPY = {"i": np.int32, "f": np.float32}
-
 
 @final
 class CupyModule(Module):
@@ -84,6 +82,6 @@ class CupyKernel(Kernel):
         if value is None:
             return np.uint64(0)
         try:
-            return np.frombuffer(struct.pack(letter, value), _NUMPY[letter])[0]
+            return np.frombuffer(struct.pack(letter, value), np.int32)[0]
         except struct.error as error:
             raise KernelError(f"kernel {self._name}, argument {position}: {error}, got {value}") from error

@@ -1,6 +1,6 @@
-"""Compiled kernels onto the GPU and into its queues, by the CUDA driver's own functions.
+"""Loading and launching of compiled kernels by the functions of the CUDA driver.
 
-Where NVRTC is missing but cupy is installed, cupy compiles and starts the same source.
+If NVRTC is missing and cupy is installed, cupy compiles and launches the same source.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, final
 
 import torch
 
@@ -21,8 +21,6 @@ from cospadi.backends.cuda.loaded_code import Kernel, Module, Size
 from cospadi.backends.cuda.nvrtc import KernelError
 from cospadi.errors import UnavailableError
 from cospadi.registry import Availability
-
-Loader: TypeAlias = Literal["driver", "cupy"]
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 
@@ -35,8 +33,10 @@ def availability() -> Availability:
     return Availability(True) if not state and _has_cupy() else state
 
 
-def load_module(source: str, options: tuple[str, ...], device: torch.device, loader: Loader | None = None) -> Module:
-    """Compile a source for a GPU and load it; what was loaded before is given again.
+def load_module(source: str, options: tuple[str, ...], device: torch.device) -> Module:
+    """Compile a source for a GPU and load it, once for each source, options and GPU.
+
+    The driver starts the kernels; cupy does where there is no NVRTC.
 
     Parameters
     ----------
@@ -46,8 +46,6 @@ def load_module(source: str, options: tuple[str, ...], device: torch.device, loa
         Of NVRTC, but for the architecture, which follows from the device.
     device : torch.device
         A CUDA device.
-    loader : {"driver", "cupy"}, optional
-        What compiles and starts the kernels; by default the driver, and cupy where there is no NVRTC.
 
     Raises
     ------
@@ -56,23 +54,21 @@ def load_module(source: str, options: tuple[str, ...], device: torch.device, loa
     KernelError
         The source does not compile or cannot be loaded.
     """
-    if loader is None:
-        state = nvrtc.availability()
-        if not state and not _has_cupy():
-            raise UnavailableError(state.reason)
-        loader = "driver" if state else "cupy"
+    state = nvrtc.availability()
+    if not state and not _has_cupy():
+        raise UnavailableError(state.reason)
     torch.cuda.init()
     index = torch.cuda.current_device() if device.index is None else device.index
     with _loading:
-        return _load(source, options, index, loader)
+        return _load(source, options, index, "driver" if state else "cupy")
 
 
 _loading = threading.Lock()
-"""So that layers that are made ready in several threads do not compile and load the same source at once."""
+"""Keeps threads that prepare layers at the same time from compiling and loading the same source twice."""
 
 
 @functools.cache
-def _load(source: str, options: tuple[str, ...], index: int, loader: Loader) -> Module:
+def _load(source: str, options: tuple[str, ...], index: int, loader: Literal["driver", "cupy"]) -> Module:
     logger.info("the kernels for cuda:%d are compiled and started by %s", index, loader)
     if loader == "cupy":
         from cospadi.backends.cuda.cupy_loader import CupyModule
@@ -224,8 +220,8 @@ class DriverKernel(Kernel):
         if code == 0 and current.value == self._context:
             code = library.cuLaunchKernel(*given)
         elif code == 0:
-            # A thread that has done nothing on this GPU yet has another context or none.  It gets back what it had:
-            # the runtime that torch uses takes the current context for the thread's choice of a device.
+            # A thread that has not used this GPU yet has another context or none.  Its context is restored, because
+            # the CUDA runtime takes the current context as the device that the thread has chosen.
             with self._driver.within(self._context):
                 code = library.cuLaunchKernel(*given)
         if code != 0:
@@ -239,7 +235,7 @@ class DriverKernel(Kernel):
             self._driver.check(code, f"giving the kernel {self._name} {shared_bytes} bytes of dynamic shared memory")
 
     def _memory(self, kinds: tuple[type, ...]) -> ArgumentMemory:
-        """Give memory for arguments of these types, of this thread's own: ctypes lets others run during a call."""
+        """Give memory for arguments of these types, private to the thread: other threads run during a call."""
         made = self._memories.of_types
         if kinds not in made:
             made[kinds] = ArgumentMemory(kinds, self._name)

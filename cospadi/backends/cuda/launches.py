@@ -17,15 +17,15 @@ SHARED_LIMIT = 96 * 1024
 PROJECT_TOKENS = (8, 16)
 """Tokens of a block of the kernels for x D."""
 COMBINE_TOKENS = {8: (1, 16), 16: (2, 16), 32: (4, 8), 64: (4, 8)}
-"""Tokens of a block of the kernels for z S, to the tiles of columns side by side in it and the most warps."""
+"""For the kernels of z S, by tokens of a block: tiles of columns side by side in the block, and most warps."""
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _WARPS_WANTED = 12
-"""Warps per multiprocessor that keep enough loads under way, by Little's law and not by measurement: with two slabs of
-1.1 KB each, or 4 KB of D, they have more than the 20 KB that the fastest memories need."""
+"""Warps per multiprocessor that keep enough loads in flight.  Computed by Little's law, not measured: with two slabs of
+1.1 KB each, or 4 KB of D, they load more than the 20 KB that the fastest memories need."""
 _WARPS_TOO_FEW = 3
-"""Warps per multiprocessor below which sums are split over blocks, which costs the launch of a second kernel: from here
-on a fast memory has less than a third of the loads that it needs under way.  Not measured either."""
+"""With fewer warps per multiprocessor, sums are split over blocks.  Below this number a fast memory has less than a
+third of the loads that it needs in flight; splitting costs the launch of a second kernel.  Computed, not measured."""
 _MOST_SPLITS = 8
 
 

@@ -1,4 +1,4 @@
-"""What a loader of compiled kernels gives: kernels by name, ready to be queued."""
+"""Abstract kernels: compiled, loaded onto a GPU and found by name."""
 
 import abc
 from typing import TypeAlias
@@ -16,14 +16,14 @@ class Kernel(abc.ABC):
     def launch(self, grid: Size, block: Size, shared_bytes: int, args: tuple[Argument, ...]) -> None:
         """Queue the kernel on torch's current stream.
 
-        Waits for nothing and takes no memory of the GPU, so that CUDA graphs can capture it.
+        Does not wait and allocates no memory on the GPU, so that CUDA graphs can capture it.
 
         Parameters
         ----------
         grid, block : tuple of three int
         shared_bytes : int
             Dynamic shared memory of a block; more than 48 KiB must have been asked for with ``allow_shared``.
-        args : tuple of Tensor, int, float or None
+        args : tuple of Tensor, int or None
             See ``Argument``.  Tensors must lie on the kernel's GPU.
 
         Raises
@@ -48,7 +48,7 @@ class Module(abc.ABC):
 
     @abc.abstractmethod
     def kernel(self, name: str) -> Kernel:
-        """Give a kernel by its ``extern "C"`` name, loaded onto the GPU; before a CUDA graph is captured, that is.
+        """Give a kernel by its ``extern "C"`` name and load it.  A CUDA graph cannot capture the loading.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""CUDA C++ to machine code by NVRTC, the compiler library that torch's CUDA builds install; no nvcc is needed."""
+"""Compilation of CUDA C++ by NVRTC, the compiler library that CUDA builds of torch install; nvcc is not needed."""
 
 import ctypes
 import functools
@@ -21,7 +21,7 @@ INSTALL = "pip install nvidia-cuda-nvrtc"
 
 _MAJORS = (13, 12)
 _LOG_LINES = 12
-"""Lines of a compiler's log that an error text shows: the first errors; the rest mostly follow from them."""
+"""Lines of the compiler's log that an error message shows; later errors mostly follow from the first ones."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Compiled:
     cubin : bytes
         ELF file for ``cuModuleLoadData``.
     log : str
-        What the compiler said; empty for a program that was taken from the cache.
+        Output of the compiler; empty for a program that was taken from the cache.
     """
 
     cubin: bytes
@@ -143,7 +143,7 @@ def compile_afresh(source: str, architecture: str, options: tuple[str, ...] = ()
         given = [f"--gpu-architecture={architecture}", *options]
         texts = (ctypes.c_char_p * len(given))(*(option.encode() for option in given))
         code = library.nvrtcCompileProgram(program, len(given), texts)
-        # A failure's log is half of its message, so that it must be fetched first.
+        # The error message needs the log, so it is fetched first.
         log = _fetch(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode(errors="replace")
         _check(code, f"compiling for {architecture}", log)
         if log.strip():
@@ -182,7 +182,7 @@ def _library() -> Any:
     Raises
     ------
     UnavailableError
-        It is nowhere to be found.
+        It is not found.
     """
     for file in _candidates():
         try:
@@ -197,7 +197,7 @@ def _library() -> Any:
 
 
 def _candidates() -> Iterator[Path | str]:
-    """Give the files that may be NVRTC: of pip's packages, of a toolkit, then whatever the system's loader knows."""
+    """Give the files that may be NVRTC: in packages of pip, in a CUDA toolkit, then by name for the system's loader."""
     for major in _wanted_majors():
         name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
         for folder in _folders(major):
@@ -234,7 +234,7 @@ def _load(file: Path | str) -> Any:
 
 
 def _declare(library: Any) -> None:
-    """Tell ctypes the functions' arguments, of which pointers would else be cut to 32 bits."""
+    """Declare the argument types of the functions; ctypes would cut undeclared pointers to 32 bits."""
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     arguments = {
         "nvrtcVersion": [pointer, pointer],

@@ -30,7 +30,7 @@ from cospadi.registry import Availability
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 OLDEST = (8, 0)
-"""Compute capability from which on there are matrix instructions for bfloat16 and asynchronous copies."""
+"""First compute capability with matrix instructions for bfloat16 and with asynchronous copies."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,16 @@ class CudaBackend(Backend):
     Parameters
     ----------
     project_tokens : int
-        Up to so many tokens x D is computed by a kernel that reads D once at the speed of the memory, 8 bits included;
-        beyond, by cuBLAS (from 8 bits, D is then expanded on every call).
+        Up to so many tokens a kernel that reads D once computes x D, at the speed of the memory, also from 8 bits.  For
+        more tokens cuBLAS does; an 8-bit D is then expanded on every call.
     combine_tokens : int
-        Up to so many tokens S is read as bits and values; beyond, it is expanded on every call and multiplied by
-        cuBLAS.
-    overlap : bool
-        Expand S on a second stream while x D is computed.
+        Up to so many tokens S is read as bits and values.  For more tokens it is expanded on every call, on a second
+        stream while x D is computed, and multiplied by cuBLAS.
     """
 
     name: ClassVar[str] = "cuda"
     project_tokens: int = 16
     combine_tokens: int = 256
-    overlap: bool = True
 
     def __post_init__(self) -> None:
         for option in ("project_tokens", "combine_tokens"):
@@ -115,7 +112,7 @@ class CudaBackend(Backend):
         return driver.availability() if placement.dtype in FUSED_DTYPES else state
 
     def prepare_dictionary(self, dictionary: PackedDictionary, placement: Placement) -> Rows | Tensor:
-        """Keep a 16-bit or int8 dictionary as it is, but for padding; convert strings of bits, and to longer dtypes."""
+        """Pad a 16-bit or int8 dictionary; convert strings of bits, and all dictionaries for the longer dtypes."""
         if placement.dtype not in FUSED_DTYPES:
             return placed(dictionary, placement)
         return rows_of(without_strings(dictionary, placement), placement.device, placement.dtype)
@@ -132,7 +129,7 @@ class CudaBackend(Backend):
         return FusedCoefficients(slabs, machine_of(placement.device))
 
     def multiply(self, dictionary: Any, coefficients: Any, x: Tensor, member: int | None) -> Tensor:
-        """Multiply by the kernels that the number of tokens asks for."""
+        """Multiply with the kernels that are fastest for the number of tokens."""
         if isinstance(coefficients, DenseCoefficients):
             return coefficients.multiply(projected(dictionary, x), member)
         slabs, machine = coefficients.slabs, coefficients.machine
@@ -151,7 +148,7 @@ class CudaBackend(Backend):
             launches.run(machine.module, launches.combine(slabs, z, y, member, machine.n_processors))
             return y
         dense = x.new_empty(last - first, slabs.padded_atoms)
-        if machine.side is None or not self.overlap:
+        if machine.side is None:
             launches.run(machine.module, launches.densify(slabs, dense, member))
             z = self._project(dictionary, x, slabs.padded_atoms, machine)
         else:
@@ -208,7 +205,7 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def _aligned(x: Tensor, row_length: int) -> Tensor:
-    """Give x with rows of the length that kernels read, beginning where 16 bytes can be loaded at once."""
+    """Give x with rows of the length that the kernels read and with an aligned address."""
     if x.shape[1] != row_length:
         return functional.pad(x, (0, row_length - x.shape[1]))
     return x.clone() if x.data_ptr() % ALIGNMENT else x

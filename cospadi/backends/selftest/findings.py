@@ -1,4 +1,4 @@
-"""What a check looked at and how it ended."""
+"""Outcomes of checks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Check:
         What was checked, and of which backend or solver.
     verdict : {"passed", "failed", "skipped"}
     cases : int
-        How many products or solutions were looked at.
+        Number of products or solutions that were checked.
     worst, allowed : float or None
         Relative error where one was measured; None also where the worst is not finite.
     detail : str
@@ -38,7 +38,7 @@ class Check:
 
 @dataclass
 class Findings:
-    """What the cases of a check found so far."""
+    """Results of the cases of a check so far."""
 
     cases: int = 0
     worst: float = 0.0
@@ -49,30 +49,30 @@ class Findings:
         norm = float(expected.norm())
         error = float((found.double() - expected).norm()) / (norm or 1.0)
         self.cases += 1
-        # NaN compares with nothing, so it must be caught before it is forgotten.
+        # max() would drop NaN, so it becomes infinity.
         self.worst = max(self.worst, error) if error == error else float("inf")
         self.require(error <= allowed, f"{case}: relative error {error:.3g}")
 
     def require(self, held: bool, failure: str) -> None:
-        """Note the first thing that did not hold."""
+        """Keep the first failure."""
         if not held and not self.failure:
             self.failure = failure
 
 
 def guarded(check: str, subject: str, allowed: float | None, run: Callable[[Findings], str]) -> Check:
-    """Run a check; what it raises is a failure, and what it returns a reason to skip it.
+    """Run a check; an exception is a failure, and a returned text is the reason why it is skipped.
 
     Parameters
     ----------
     check, subject, allowed
         See ``Check``.
     run : callable
-        Fills the findings.  Gives why nothing could be looked at, else an empty text.
+        Fills the findings.  Gives the reason why nothing could be checked, else an empty text.
     """
     findings = Findings()
     try:
         reason = run(findings)
-    except Exception as error:  # whatever a backend or its libraries raise is a finding, and the next check still runs
+    except Exception as error:  # any error of a backend is a failure of this check; the next check still runs
         findings.require(False, f"{type(error).__name__}: {' '.join(str(error).split())}")
         reason = ""
     if findings.failure:

@@ -48,7 +48,7 @@ def checks(backend: Backend, device: torch.device, shown: Sequence[Example]) -> 
                 return "cupy takes memory from a pool of its own and may wait for it"
             count = 0
             for case in cases(backend, device, shown):
-                case.run()  # compiles, loads and fills torch's pool, which none of the checks is about
+                case.run()  # compiles, loads and fills the pool of torch, which is not part of the checks
                 torch.cuda.synchronize(device)
                 look(case, findings)
                 torch.cuda.synchronize(device)
@@ -60,7 +60,7 @@ def checks(backend: Backend, device: torch.device, shown: Sequence[Example]) -> 
 
 
 def cases(backend: Backend, device: torch.device, shown: Sequence[Example]) -> Iterator[Case]:
-    """Make some layers of usual density ready in every dtype that the backend supports."""
+    """Prepare some layers of usual density in every dtype that the backend supports."""
     for one in shown:
         if one.density != 0.5 or one.in_features not in _IN_FEATURES:
             continue
@@ -79,7 +79,7 @@ def cases(backend: Backend, device: torch.device, shown: Sequence[Example]) -> I
 
 
 def side_stream(case: Case, findings: Findings) -> None:
-    """Let x arrive late on another stream: work that is not queued behind it reads NaN."""
+    """Write x late on another stream; work that is not queued behind it reads NaN."""
     expected, x = case.run(), case.x.clone()
     stream = torch.cuda.Stream(case.x.device)
     case.x.fill_(torch.nan)
@@ -138,7 +138,7 @@ def captured(case: Case) -> tuple[Callable[[], None], Tensor]:
 
 
 def waiting(case: Case, findings: Findings) -> None:
-    """Queue a product behind much other work: it must return long before that is done."""
+    """Queue a product behind much other work; the call must return before that work is done."""
     queued = torch.cuda.Event()
     occupy(case.x.device)
     queued.record()
@@ -151,9 +151,9 @@ def waiting(case: Case, findings: Findings) -> None:
 
 
 def memory(case: Case, findings: Findings) -> None:
-    """Look for memory of the GPU that went away and that torch does not have."""
+    """Check that a product takes no memory of the GPU except from torch."""
     lost = []
-    # Other programs on the GPU take and give memory as well: what is ours is missing every time.
+    # Other programs on the GPU allocate memory too, so a loss counts only if it happens every time.
     for _ in range(3):
         before = _outside(case.x.device)
         for _ in range(4):

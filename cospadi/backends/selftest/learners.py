@@ -1,4 +1,4 @@
-"""K-SVD on other arrays beside the compiled one of numpy."""
+"""Comparison of K-SVD on torch and cupy arrays with the compiled K-SVD on numpy arrays."""
 
 import torch
 
@@ -7,7 +7,7 @@ from cospadi.solvers import SOLVERS
 from cospadi.whitening import Problem
 
 PAPER = {"block": 1, "power_iterations": 8, "pursue_every": 1}
-"""Atoms one after the other: numpy has its own compiled loop for them, which the other arrays are compared with."""
+"""Updates one atom after the other, for which the solver on numpy arrays has a compiled loop."""
 
 
 def ksvd(name: str, device: torch.device) -> Check:
@@ -23,7 +23,7 @@ def ksvd(name: str, device: torch.device) -> Check:
         S = torch.randn(36, 300, generator=generator, dtype=torch.float64)
         S[torch.rand(S.shape, generator=generator).argsort(0) >= 3] = 0
         target = dictionary @ S
-        # Roundings grow from one alternation to the next: of many, only what they reach can be compared.
+        # Rounding errors grow with the alternations, so after several only the errors of the fits are compared.
         for n_iter, recipe in ((1, PAPER), (6, PAPER), (1, {}), (6, {})):
             options = {"n_iter": n_iter, "tolerance": 0.0, **recipe}
             ours = SOLVERS.create(name, {**options, "compiled": False}).solve(Problem(target.to(device), 36, 3))

@@ -1,4 +1,4 @@
-"""Products beside float64, for shapes that fit no tile, supports from empty to full and many numbers of tokens."""
+"""Comparison of products with float64, for odd shapes, supports from empty to full and many numbers of tokens."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -24,7 +24,7 @@ FEW_TOKENS = (0, 1, 2, 7, 8, 9, 17, 64)
 
 
 def products(backend: Backend, placement: Placement, shown: Sequence[Example], tokens: Sequence[int]) -> Check:
-    """Compare a backend's products with float64, twice, so that equal inputs must give equal bits."""
+    """Compare the products of a backend with float64; each runs twice and must give equal bits."""
     allowed = ALLOWED[placement.dtype]
 
     def run(findings: Findings) -> str:
@@ -65,7 +65,7 @@ def prepared(backend: Backend, one: Example, placement: Placement) -> tuple[Any,
 
 
 def spoil_memory(x: Tensor, one: Example) -> None:
-    """Leave NaN in the memory that torch will hand out next, so that what a kernel forgets to write shows."""
+    """Leave NaN in the memory that torch allocates next, which shows entries that a kernel does not write."""
     sizes = {one.members[0].n_atoms, *(packed.out_features for packed in one.members)}
     sizes.add(sum(packed.out_features for packed in one.members))
     blocks = [

@@ -1,4 +1,4 @@
-"""Checks of the backends on the machine at hand: what the tests of the package cannot run without its GPU."""
+"""Checks of the backends on this machine, also on its GPU, which the tests of the package do not need."""
 
 import platform
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from cospadi.errors import UnavailableError
 
 
 def machine(gpu: bool) -> dict[str, str | None]:
-    """Name what the checks run on.
+    """Give the names of the device, and the versions of torch and CUDA.
 
     Raises
     ------
@@ -40,12 +40,12 @@ def checks(gpu: bool) -> Iterator[Check]:
     Parameters
     ----------
     gpu : bool
-        On the GPU, with larger layers and with what only a GPU has: streams, CUDA graphs, its memory.
+        Check the GPU, with larger layers, streams, CUDA graphs and memory.
 
     Yields
     ------
     Check
-        As soon as it is known.
+        As soon as it has ended.
 
     Raises
     ------
