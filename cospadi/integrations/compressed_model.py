@@ -11,7 +11,7 @@ from cospadi.backends import BACKENDS
 from cospadi.errors import CheckpointError, UnavailableError, UsageError
 from cospadi.files import read_json, shown, stays_inside
 from cospadi.formats import CHECKSUMS, QUANT_METHOD, read_headers, verify_checkpoint
-from cospadi.models import model_class, opening, refuse_absurd_counts
+from cospadi.models import errors_in_one_line, model_class, refuse_absurd_counts
 
 _NOT_COPIED = {"config.json", "generation_config.json", "README.md", "report.json", "recipe.yaml", CHECKSUMS}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".py")
@@ -62,7 +62,7 @@ def load(
     if not state:
         whose = "" if backend else ", which the checkpoint recommends,"
         raise UnavailableError(f"backend {name!r}{whose} cannot run here: {state.reason}; backend='auto' chooses one")
-    with opening(folder):
+    with errors_in_one_line(folder):
         model, info = _open(folder, name, dtype)
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:

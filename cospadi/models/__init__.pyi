@@ -1,4 +1,4 @@
-from .config_check import opening, refuse_absurd_counts
+from .config_check import errors_in_one_line, refuse_absurd_counts
 from .dense_model import OpenModel, make_skeleton, model_class, open_model, read_config, read_tokenizer
 from .embedded import embedded_model
 from .experts import fuse_experts, split_experts
@@ -19,6 +19,7 @@ __all__ = [
     "Residency",
     "Weights",
     "embedded_model",
+    "errors_in_one_line",
     "find_blocks",
     "form_groups",
     "fuse_experts",
@@ -31,7 +32,6 @@ __all__ = [
     "map_model",
     "model_class",
     "open_model",
-    "opening",
     "outside_bytes",
     "read_config",
     "read_tokenizer",

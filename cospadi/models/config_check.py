@@ -1,4 +1,4 @@
-"""What may be wrong with a model's config.json, told in one line before anything of its size is taken."""
+"""Checks of a model's config.json before memory of its size is taken, each failure in one line."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ _SPARE_BYTES = 64 * 2**20
 
 
 @contextmanager
-def opening(folder: str | Path) -> Iterator[None]:
+def errors_in_one_line(folder: str | Path) -> Iterator[None]:
     """Turn what a damaged configuration makes transformers raise into one line.
 
     Raises

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cospadi.errors import NumericalError, UsageError
 from cospadi.files import one_line, read_json, shown
 from cospadi.formats import INDEX, SINGLE, read_headers
-from cospadi.models.config_check import opening, refuse_absurd_counts, refuse_absurd_sizes
+from cospadi.models.config_check import errors_in_one_line, refuse_absurd_counts, refuse_absurd_sizes
 from cospadi.models.experts import split_experts
 from cospadi.models.layers import find_blocks, oriented
 from cospadi.models.residency import Residency
@@ -152,7 +152,7 @@ def read_config(name: str | Path) -> Any:
                 f"{name}: its config.json names model type {shown(kind)}, which transformers {__version__} does not "
                 "know; code from a model's folder is never run"
             )
-    with opening(name):
+    with errors_in_one_line(name):
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -246,7 +246,7 @@ def open_model(
         config = read_config(folder)
         _refuse_quantised(name, config)
         tokenizer = tokenizer or read_tokenizer(folder)
-        with opening(folder):
+        with errors_in_one_line(folder):
             loaded = make_skeleton(config, folder)
             weights = stored = FolderWeights(folder, loaded)
         dtypes = {key: tensor.dtype for key, tensor in (*loaded.named_parameters(), *loaded.named_buffers())}

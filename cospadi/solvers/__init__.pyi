@@ -3,7 +3,7 @@ from .base import SOLVERS, Problem, Solution, Solver, Status, relative_error
 from .coders import BatchOMP, Coder, GeneralizedOMP
 from .htp import HTP, START_ALTERNATIONS
 from .metric_pursuit import pursue_in_metric
-from .shared import SharedHTP
+from .one_dictionary import SharedHTP
 from .shared_problem import SharedProblem
 from .sparse_weight import sparsify
 from .updates import hard_threshold, leading_left_singular_vectors, least_squares_dictionary

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cospadi.errors import NumericalError, UsageError
 from cospadi.solvers.htp import HTP
 from cospadi.solvers.mod import MOD
-from cospadi.solvers.shared import SharedHTP
+from cospadi.solvers.one_dictionary import SharedHTP
 from cospadi.solvers.shared_problem import SharedProblem, relative_layers
 from cospadi.solvers.sylvester import closed_form_dictionary, iterative_dictionary
 from cospadi.whitening.problem import Problem
