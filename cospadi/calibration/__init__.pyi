@@ -1,5 +1,5 @@
 from .activations import ActivationCache
-from .collectors import GramCollector
+from .collectors import Collector, GramCollector
 from .cross_gram import CrossGram
 from .data import EMBEDDED_EVALUATION, fingerprint, open_text, token_windows
 from .gram import Gram
@@ -11,6 +11,7 @@ from .source_statistics import SourceStatistics
 __all__ = [
     "EMBEDDED_EVALUATION",
     "ActivationCache",
+    "Collector",
     "CrossGram",
     "Gram",
     "GramCollector",
