@@ -43,9 +43,14 @@ class Bitmap:
 
     def columns(self, member: int | None) -> tuple[int, int]:
         """Give the first column of a layer and the one after its last (of all layers for None)."""
-        if member is None:
-            return 0, self.ends[-1]
-        return (self.ends[member - 1] if member else 0), self.ends[member]
+        return span(self.ends, member)
+
+
+def span(ends: tuple[int, ...], member: int | None) -> tuple[int, int]:
+    """Give where one of several parts side by side begins and ends (all of them for None), from the ends of all."""
+    if member is None:
+        return 0, ends[-1]
+    return (ends[member - 1] if member else 0), ends[member]
 
 
 def as_bitmask(packed: PackedCoefficients) -> PackedCoefficients:

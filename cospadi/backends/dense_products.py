@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cospadi.backends.base import Backend, Placement
+from cospadi.backends.bitmap import span
 from cospadi.formats import FORMATS, PackedCoefficients, PackedDictionary, unpack_dictionary
 from cospadi.registry import Availability
 
@@ -33,9 +34,7 @@ class DenseCoefficients:
 
     def of(self, member: int | None) -> Tensor | None:
         """Give the rows of one layer, or all."""
-        if member is None or self.rows is None:
-            return self.rows
-        return self.rows[self.ends[member - 1] if member else 0 : self.ends[member]]
+        return None if self.rows is None else self.rows[slice(*span(self.ends, member))]
 
     def multiply(self, z: Tensor, member: int | None) -> Tensor:
         """Give z S of one layer, or all; z itself where S is the identity."""

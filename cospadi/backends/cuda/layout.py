@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cospadi.backends.bitmap import Bitmap
+from cospadi.backends.bitmap import Bitmap, span
 from cospadi.formats import PackedDictionary, pack_bits, unpack_bits
 
 TILE = 16
@@ -69,11 +69,11 @@ class Slabs:
 
     def columns_of(self, member: int | None) -> tuple[int, int]:
         """Give the first column of a layer and the one after its last (of all layers for None)."""
-        return _bounds(self.ends, member)
+        return span(self.ends, member)
 
     def tiles_of(self, member: int | None) -> tuple[int, int]:
         """Give the first tile of a layer and the one after its last (of all layers for None)."""
-        return _bounds(self.tile_ends, member)
+        return span(self.tile_ends, member)
 
 
 def slabs_of(bitmap: Bitmap, dtype: torch.dtype) -> Slabs:
@@ -184,9 +184,3 @@ def rows_of(dictionary: PackedDictionary, device: torch.device, dtype: torch.dty
     elif values.data_ptr() % ALIGNMENT:
         values = values.clone()
     return Rows(values, None if dictionary.scales is None else dictionary.scales.detach().to(device), in_features)
-
-
-def _bounds(ends: tuple[int, ...], member: int | None) -> tuple[int, int]:
-    if member is None:
-        return 0, ends[-1]
-    return (ends[member - 1] if member else 0), ends[member]
