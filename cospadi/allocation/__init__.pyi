@@ -1,4 +1,4 @@
-from .assignment import Assignment, GroupPlan, allocate, check_plan, families_of, uniform_assignment
+from .assignment import AllocationAccount, Assignment, GroupPlan, allocate, check_plan, families_of, uniform_assignment
 from .base import Allocation, Allocator
 from .budget import DENSE_BITS, Budget, GroupShape
 from .choices import Choice, Factors, Method, Quantized
@@ -11,6 +11,7 @@ __all__ = [
     "DENSE_BITS",
     "SPARSE",
     "Allocation",
+    "AllocationAccount",
     "Allocator",
     "Assignment",
     "Budget",

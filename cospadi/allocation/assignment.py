@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -48,6 +48,23 @@ class GroupPlan:
     predicted: float | None
 
 
+class AllocationAccount(TypedDict, total=False):
+    """How the bytes were spread, for the report; the uniform strategy has its name alone.
+
+    ``predicted_cost`` is the sum over the groups in the measure ``cost``; ``gap`` the largest fraction of it that a better
+    choice could save, None where nothing is proved; ``unused`` the fraction of the allowed bytes that is left;
+    ``profile_interpolation_error`` the median relative error of the profiles between their points.
+    """
+
+    strategy: str
+    cost: str
+    predicted_cost: float
+    gap: float | None
+    unused: float
+    note: str
+    profile_interpolation_error: float | None
+
+
 @dataclass(frozen=True)
 class Assignment:
     """How every group is stored.
@@ -58,13 +75,13 @@ class Assignment:
         The groups that change; groups that are quantised come layer by layer.
     dense : tuple of Group
         The layers that stay as they are, each alone.
-    account : dict
-        For the report: strategy, predicted cost, proved gap, unused bytes, errors of the profile.
+    account : AllocationAccount
+        For the report.
     """
 
     groups: tuple[GroupPlan, ...]
     dense: tuple[Group, ...]
-    account: dict[str, Any]
+    account: AllocationAccount
 
 
 def uniform_assignment(config: CompressionConfig, method: Method, groups: Sequence[Group]) -> Assignment:
@@ -196,7 +213,7 @@ def _limited(menu: Menu, group: Group, limits: Sequence[str]) -> Menu:
 
 def _account(
     config: CompressionConfig, found: Allocation, profiles: Sequence[GroupProfile], families: Families
-) -> dict[str, Any]:
+) -> AllocationAccount:
     errors = [interpolation_errors(profile, families) for profile in profiles]
     spread = np.abs(np.concatenate(errors)) if errors else np.zeros(0)
     finite = spread[np.isfinite(spread)]

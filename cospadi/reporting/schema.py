@@ -2,6 +2,8 @@
 
 from typing import Any, TypedDict
 
+from cospadi.allocation import AllocationAccount
+
 
 class MemberRow(TypedDict):
     """One compressed layer: its name, output features, relative output error on the calibration text, stored bytes."""
@@ -95,7 +97,7 @@ class Report(TypedDict):
     calibration: CalibrationFacts
     solver: SolverFacts
     format: str
-    allocation: dict[str, Any]
+    allocation: AllocationAccount
     groups: list[GroupRow]
     kept_dense: list[KeptLayer]
     totals: Totals
