@@ -51,8 +51,8 @@ class GroupPlan:
 class AllocationAccount(TypedDict, total=False):
     """How the bytes were spread, for the report; the uniform strategy has its name alone.
 
-    ``predicted_cost`` is the sum over the groups in the measure ``cost``; ``gap`` the largest fraction of it that a better
-    choice could save, None where nothing is proved; ``unused`` the fraction of the allowed bytes that is left;
+    ``predicted_cost`` is the sum over the groups in the measure ``cost``; ``gap`` the largest fraction of it that a
+    better choice could save, None where nothing is proved; ``unused`` the fraction of the allowed bytes that is left;
     ``profile_interpolation_error`` the median relative error of the profiles between their points.
     """
 
