@@ -1,4 +1,4 @@
-"""In which order the inputs of a block's layers become final when its layers are replaced one after the other."""
+"""The order in which the inputs of a block's layers become final while its layers are replaced."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -25,7 +25,7 @@ _MAX_LOGITS = 1 << 25
 
 
 class SensitivityCollector:
-    """Sums what the backward pass brings to each layer; a context manager that owns its hooks.
+    """Sums squared output gradients and weighted Grams in the backward pass; owns its hooks.
 
     Inputs that the weighted Gram needs are saved through autograd with the rest of their block.
 

@@ -38,7 +38,7 @@ class WalkedModel:
 
 @dataclass(frozen=True)
 class Step:
-    """Layers whose inputs are final: everything that they are computed from has had its turn.
+    """Layers whose inputs are final: everything that they are computed from is replaced.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What runs tasks: the contract of every executor."""
+"""The contract of an executor, and its tasks."""
 
 import abc
 from collections.abc import Callable, Iterator, Sequence

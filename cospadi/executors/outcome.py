@@ -1,4 +1,4 @@
-"""What came of a task, result or error, as bytes that travel between processes.
+"""The outcome of a task, result or error, as bytes that travel between processes.
 
 Both executors use plain pickle, so that a result is the same kind of object whichever ran the task: torch's way of
 sending tensors needs the sender alive, and Ray gives arrays that cannot be written to.

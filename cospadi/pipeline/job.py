@@ -1,4 +1,4 @@
-"""What a run works on, and where."""
+"""The job of a run: what it works on, and where."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from cospadi.recipe import CompressionConfig
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where a run works and within what.
+    """Where a run works: executor, memory, scratch folder.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""A dense model with all that a run needs to know of it before it is calibrated."""
+"""A dense model, its linear layers, their groups and the calibration windows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from cospadi.models import Group, ModelMap, OpenModel, map_model
 
 @dataclass(frozen=True)
 class MappedModel:
-    """A dense model, its linear layers, their groups and the calibration windows.
+    """A dense model as a run works on it.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Measure what every way of storing every group would cost, each result durably kept."""
+"""Profiles of all groups, and their corrections by solved samples, each durably kept."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""How much of the host's memory a run takes, told before it begins, and how much of that the activations may have."""
+"""Prediction of the host memory that a run takes, and how much of it the activations may have."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind for its resumption: finished groups, and notes on what is planned.
+"""Records of a run, from which it resumes: finished groups, and notes on the plan.
 
 A folder of records holds, for each finished group, ``group-NNNNN.safetensors`` with its tensors and its mark
 ``group-NNNNN.json`` with its description and its row of the report; and one sealed ``note-KEY.json`` for each note.

@@ -153,7 +153,7 @@ def check_order(config: CompressionConfig, groups: Sequence[Group]) -> None:
 
 
 def check_execution(model: MappedModel, config: CompressionConfig, execution: Execution) -> None:
-    """Refuse what cannot be divided as it is asked for.
+    """Refuse parts, groups or workers that the model and the windows do not allow.
 
     Raises
     ------
@@ -189,7 +189,7 @@ def fingerprints_of(model: MappedModel, config: CompressionConfig) -> dict[str, 
 def measurement_facts(
     fingerprints: dict[str, str], config: CompressionConfig, device: torch.device, threads: int
 ) -> dict[str, Any]:
-    """Give what is to be collected and on what else its last bits depend, as facts that name a cache."""
+    """Give what is collected and what its last bits depend on, as facts that name a cache."""
     sensitive = config.needs_sensitivities
     facts: dict[str, Any] = {key: fingerprints[key] for key in ("model", "calibration", "versions")}
     facts |= {

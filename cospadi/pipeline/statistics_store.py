@@ -1,4 +1,4 @@
-"""What calibration and profiling found, kept in a folder: a second ratio of the same model costs neither again.
+"""Statistics and profiles kept in a folder, so that a second ratio of the same model costs neither again.
 
 A folder holds one subfolder for each set of facts that the statistics depend on (model, tokens, labels), with
 ``facts.json`` and a subfolder per distinct input, in which one safetensors file is named by its checksum: it appears

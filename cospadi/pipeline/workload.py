@@ -92,7 +92,7 @@ def of_plan(method: Method, plan: GroupPlan) -> float:
 
 
 def profiling(in_features: int, out_features: Sequence[int], families: Families, spectrum: bool = False) -> float:
-    """Give the cost of profiling one group; see ``profile.profile_group``."""
+    """Give the cost of profiling one group; see ``profile_group``."""
     d, n = in_features, sum(out_features)
     least = min(d, n)
     work = _objective(d, n) + _Work(2.0 * d * d * n)
@@ -111,7 +111,7 @@ def profiling(in_features: int, out_features: Sequence[int], families: Families,
 
 
 def correcting(in_features: int, out_features: Sequence[int], families: Families, solver: Solver) -> float:
-    """Give the cost of one sample of ``profiling.measure_corrections``."""
+    """Give the cost of one sample of ``measure_corrections``."""
     d, n = in_features, sum(out_features)
     most = min(d, n)
     judging = _Work(2.0 * d * d * n)

@@ -1,4 +1,4 @@
-"""What was asked for: how to compress, and where and within what to work."""
+"""What was asked for: how to compress, where to work, within how much memory."""
 
 import lazy_loader
 

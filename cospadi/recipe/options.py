@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 
 class CalibrationConfig(_Strict):
-    """The text that the layers' outputs are kept on.
+    """The calibration text, and how statistics are collected on it.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Where and within what a run works."""
+"""Where a run works, and within how much memory."""
 
 import math
 import re
@@ -16,7 +16,7 @@ _UNITS = {"": 1, "b": 1} | {
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and within what a run works; never changes its result.
+    """Where a run works, and within how much memory; never changes its result.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What a run says of itself: report, model card."""
+"""The report of a run and the model card."""
 
 import lazy_loader
 
