@@ -3,9 +3,9 @@ from .collectors import Collector, GramCollector
 from .cross_gram import CrossGram
 from .data import EMBEDDED_EVALUATION, fingerprint, open_text, token_windows
 from .gram import Gram
-from .lockstep import Lockstep, forward_call
-from .sensitivity import largest_batch, walk_statistics
-from .sequential import SequentialWalk, WalkedModel
+from .lockstep import Lockstep, WalkedModel, forward_call
+from .sensitivity import LossGradients, largest_batch, walk_statistics
+from .sequential import SequentialWalk
 from .source_statistics import SourceStatistics
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Gram",
     "GramCollector",
     "Lockstep",
+    "LossGradients",
     "SequentialWalk",
     "SourceStatistics",
     "WalkedModel",

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,25 @@ from torch.utils.hooks import RemovableHandle
 
 from cospadi.calibration.activations import ActivationCache, Held
 from cospadi.calibration.nesting import hidden_states
+
+
+@dataclass(frozen=True)
+class WalkedModel:
+    """A model on its way through the calibration batches.
+
+    Attributes
+    ----------
+    module : Module
+        In evaluation mode.
+    call : callable
+        Runs it on one batch, see ``forward_call``.
+    cache : ActivationCache, optional
+        Where its hidden states wait; without it they are in memory.
+    """
+
+    module: nn.Module
+    call: Callable[[Any], Any]
+    cache: ActivationCache | None = None
 
 
 class Lockstep:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.backward import GradientPasses
 from cospadi.calibration.labels import Labels, choose_labels, model_output
+from cospadi.calibration.lockstep import WalkedModel
 from cospadi.calibration.source_statistics import SourceStatistics
 from cospadi.errors import NumericalError, UsageError
 from cospadi.models import Layer, ModelMap
@@ -195,19 +196,35 @@ class _Tap(torch.autograd.Function):
         return gradients[0], None
 
 
+@dataclass(frozen=True)
+class LossGradients:
+    """The loss whose gradients are collected, and what is summed of them.
+
+    Attributes
+    ----------
+    labels : {"model", "text"}
+        Drawn from the model's predictions (true Fisher information), or the text's next tokens (empirical Fisher,
+        causal models only).
+    seed : int
+        Of the drawn labels.
+    weighted : bool
+        Also sum the Gram in which tokens count by their gradients; see ``SourceStatistics``.
+    """
+
+    labels: str = "model"
+    seed: int = 0
+    weighted: bool = False
+
+
 def walk_statistics(
-    model: Any,
+    model: WalkedModel,
     mapped: ModelMap,
-    call: Callable[[Tensor], Any],
     windows: Tensor,
+    loss: LossGradients,
     *,
     batch_size: int = 8,
-    labels: str = "model",
-    seed: int = 0,
     first_window: int = 0,
-    weighted: bool = False,
     device: torch.device | str = "cpu",
-    cache: ActivationCache | None = None,
     known: Container[str] = (),
     progress: Callable[[int, int, float, float], None] | None = None,
 ) -> Iterator[dict[str, SourceStatistics]]:
@@ -222,30 +239,23 @@ def walk_statistics(
 
     Parameters
     ----------
-    model : PreTrainedModel
-        Runs in evaluation mode without gradients of its weights; left as it was.
+    model : WalkedModel
+        A transformers model; runs in evaluation mode without gradients of its weights and is left as it was.  Its cache
+        takes the activations between the blocks.
     mapped : ModelMap
         Its blocks, and the layers that are of interest.
-    call : callable
-        Runs the model on windows, see ``forward_call``.
     windows : Tensor, shape (n_windows, seq_len), int64
         Calibration tokens.
+    loss : LossGradients
+        What is collected.
     batch_size : int
         Windows per pass (fewer where their logits would take more than 128 MiB in float32).  Changes the result by
         rounding only.
-    labels : str
-        ``model`` (true Fisher information) or ``text`` (empirical Fisher, causal models only).
-    seed : int
-        Of the drawn labels.
     first_window : int
         Index of the first of these windows among all of the calibration; workers that share the windows give theirs,
         and their merged results are those of one worker.
-    weighted : bool
-        Also sum the weighted Gram; see ``SourceStatistics``.
     device : torch.device
         Where the sums are kept: that of the model.
-    cache : ActivationCache, optional
-        For the activations between the blocks; without it they are all in memory.
     known : container of str
         Sources whose statistics are not wanted.
     progress : callable, optional
@@ -268,21 +278,23 @@ def walk_statistics(
         raise UsageError(
             f"windows need a shape (n_windows, seq_len) with at least one token, got {tuple(windows.shape)}"
         )
-    modules = dict(model.named_modules())
-    batches = windows.split(min(batch_size, largest_batch(model, windows.shape[1])))
+    module: Any = model.module
+    modules = dict(module.named_modules())
+    batches = windows.split(min(batch_size, largest_batch(module, windows.shape[1])))
     starts = [first_window + sum(len(batch) for batch in batches[:i]) for i in range(len(batches))]
     blocks = [modules[name] for name in mapped.blocks]
+    generates = bool(module.can_generate())
     chosen: Labels | None = None
 
     def loss_gradient(index: int, result: Any) -> tuple[Tensor, Tensor]:
         nonlocal chosen
         output, logits = model_output(result)
         if chosen is None:
-            chosen = choose_labels(labels, logits, bool(model.can_generate()), seed)
+            chosen = choose_labels(loss.labels, logits, generates, loss.seed)
         return output, chosen.gradient(output, batches[index], starts[index])
 
-    choose_labels(labels, True, bool(model.can_generate()), seed)  # what cannot be is said before the work begins
-    costs = _pass_costs(model, blocks, [la for la in mapped.layers if la.source not in known], 1 + weighted)
+    choose_labels(loss.labels, True, generates, loss.seed)  # what cannot be is said before the work begins
+    costs = _pass_costs(module, blocks, [la for la in mapped.layers if la.source not in known], 1 + loss.weighted)
     done, total, work = 0, len(costs), sum(costs)
 
     def tell() -> None:
@@ -291,7 +303,7 @@ def walk_statistics(
         if progress is not None:
             progress(done, total, sum(costs[:done]), work)
 
-    with frozen(model), GradientPasses(blocks, call, batches, cache) as walk:
+    with frozen(module), GradientPasses(blocks, model.call, batches, model.cache) as walk:
         for block in range(len(blocks)):
             walk.advance()
             if not walk.finite:
@@ -309,7 +321,9 @@ def walk_statistics(
         tell()
         for block in reversed(range(len(blocks))):
             layers = [layer for layer in mapped.layers if layer.block == block and layer.source not in known]
-            with SensitivityCollector(modules, layers, weighted=weighted, note=chosen.note, device=device) as collector:
+            with SensitivityCollector(
+                modules, layers, weighted=loss.weighted, note=chosen.note, device=device
+            ) as collector:
 
                 def backward(index: int, outputs: Any, gradients: Any, own: SensitivityCollector = collector) -> None:
                     own.backward(outputs, gradients, batches[index].numel())

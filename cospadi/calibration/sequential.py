@@ -8,32 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cospadi.calibration.activations import ActivationCache
 from cospadi.calibration.cross_gram import CrossGram
 from cospadi.calibration.halting import BlockPasses
 from cospadi.calibration.layer_order import find_stages
+from cospadi.calibration.lockstep import WalkedModel
 from cospadi.models import Layer, ModelMap, weight_matrix
 
 ROUTED = "other tokens reach the layer than in the dense model: its own weight is the target"
-
-
-@dataclass(frozen=True)
-class WalkedModel:
-    """A model on its way through the calibration batches.
-
-    Attributes
-    ----------
-    module : Module
-        In evaluation mode.
-    call : callable
-        Runs it on one batch, see ``forward_call``.
-    cache : ActivationCache, optional
-        Where its hidden states wait; without it they are in memory.
-    """
-
-    module: nn.Module
-    call: Callable[[Any], Any]
-    cache: ActivationCache | None = None
 
 
 @dataclass(frozen=True)

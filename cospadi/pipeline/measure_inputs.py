@@ -13,7 +13,9 @@ from cospadi.calibration import (
     Gram,
     GramCollector,
     Lockstep,
+    LossGradients,
     SourceStatistics,
+    WalkedModel,
     forward_call,
     walk_statistics,
 )
@@ -38,12 +40,8 @@ class Part:
         Which part of how many.
     batch_size : int
         Windows per pass.
-    labels : str or None
-        Of the loss whose gradients are collected; None collects Grams alone.
-    seed : int
-        Of the labels.
-    weighted : bool
-        Also collect the Grams in which tokens count by their gradients.
+    loss : LossGradients or None
+        Whose gradients are collected; None collects Grams alone.
     """
 
     windows: Tensor
@@ -51,9 +49,7 @@ class Part:
     index: int
     count: int
     batch_size: int
-    labels: str | None
-    seed: int
-    weighted: bool
+    loss: LossGradients | None
 
 
 @dataclass(frozen=True)
@@ -131,12 +127,13 @@ def grams_by_block(
 def _parts(job: Job) -> list[Part]:
     """Divide the calibration windows as the recipe asks."""
     config, calibration = job.config, job.config.calibration
-    labels = calibration.labels if config.needs_sensitivities else None
+    loss = None
+    if config.needs_sensitivities:
+        loss = LossGradients(calibration.labels, config.seed, config.token_weights)
     parts: list[Part] = []
     first = 0
     for index, windows in enumerate(job.model.windows.tensor_split(calibration.parts)):
-        how = (calibration.batch_size, labels, config.seed, config.token_weights)
-        parts.append(Part(windows, first, index, calibration.parts, *how))
+        parts.append(Part(windows, first, index, calibration.parts, calibration.batch_size, loss))
         first += len(windows)
     return parts
 
@@ -153,20 +150,16 @@ def _statistics(
 
     The caller takes them out of the dict to free them before the next block's are collected.
     """
-    if part.labels is not None:
+    if part.loss is not None:
         with source.running() as model:
             yield from walk_statistics(
-                model,
+                WalkedModel(model, forward_call(model, source.device), cache),
                 mapped,
-                forward_call(model, source.device),
                 part.windows,
+                part.loss,
                 batch_size=part.batch_size,
-                labels=part.labels,
-                seed=part.seed,
                 first_window=part.first_window,
-                weighted=part.weighted,
                 device=source.device,
-                cache=cache,
                 known=known,
                 progress=progress,
             )

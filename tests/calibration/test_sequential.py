@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cospadi.calibration.lockstep import forward_call
-from cospadi.calibration.sequential import ROUTED, SequentialWalk, WalkedModel
+from cospadi.calibration.lockstep import WalkedModel, forward_call
+from cospadi.calibration.sequential import ROUTED, SequentialWalk
 from cospadi.errors import NumericalError
 from cospadi.models.experts import split_experts
 from cospadi.models.layers import map_model, weight_matrix

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from cospadi.calibration.sensitivity import walk_statistics
+from cospadi.calibration.lockstep import WalkedModel
+from cospadi.calibration.sensitivity import LossGradients, walk_statistics
 
 WIDTH = 6
 
@@ -97,9 +98,12 @@ class Ungraded(nn.Module):
         return self.only(hidden)
 
 
-def collect_statistics(*args, **options):
-    """The statistics of all layers at once, by source; see ``walk_statistics``."""
-    found = {}
-    for statistics in walk_statistics(*args, **options):
+def collect_statistics(model, mapped, call, windows, cache=None, **options):
+    """The statistics of all layers at once, by source; see ``walk_statistics`` and ``LossGradients``."""
+    found, loss = (
+        {},
+        LossGradients(**{key: options.pop(key) for key in ("labels", "seed", "weighted") if key in options}),
+    )
+    for statistics in walk_statistics(WalkedModel(model, call, cache), mapped, windows, loss, **options):
         found.update(statistics)
     return found
